@@ -1,0 +1,71 @@
+"""Errors that a user can act on: one line that says what is wrong and how to repair it, and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class TuneError(Exception):
+    """An error with a message for the user; `tune` prints it without a traceback.
+
+    `details` are further lines, used only for lists (all problems of a config, all mismatched tensors).
+    """
+
+    exit_code = 70
+
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = list(details)
+
+    def __str__(self) -> str:
+        return "\n".join([self.message, *(f"  {line}" for line in self.details)])
+
+
+class ConfigError(TuneError):
+    """A wrong config, override or command line."""
+
+    exit_code = 2
+
+
+class DataError(TuneError):
+    """A data file or row that cannot be used; the message names `file:row`."""
+
+    exit_code = 3
+
+
+class CheckpointError(TuneError):
+    """A checkpoint that is missing, corrupt, or does not fit the model."""
+
+    exit_code = 4
+
+
+class ResourceError(TuneError):
+    """The environment lacks something: disk, permission, memory, a device, a package."""
+
+    exit_code = 5
+
+
+class NumericalError(TuneError):
+    """A loss or gradient that is not finite."""
+
+    exit_code = 6
+
+
+class DirectoryInUseError(TuneError):
+    """The output directory belongs to another run."""
+
+    exit_code = 7
+
+
+class StoppedEarly(TuneError):
+    """The run was asked to stop, has saved, and can be resumed."""
+
+    exit_code = 75
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest candidate, or an empty string."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

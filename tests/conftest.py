@@ -1,0 +1,22 @@
+"""What all tests share: one thread per process, no network, the folder of real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data (Llama 3's tokenizer, stories260K, ...); skips where there is none."""
+    folder = os.environ.get("MYTUNE_TEST_DATA")
+    if not folder:
+        pytest.skip("MYTUNE_TEST_DATA is not set: the real data is not here")
+    return Path(folder)
