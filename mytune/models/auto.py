@@ -1,0 +1,104 @@
+"""Sizes read from a checkpoint: `config.json` (Hugging Face) or `params.json` (Meta)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mytune.errors import CheckpointError
+from mytune.models.builders import builders
+from mytune.models.llama3 import ffn_dim
+from mytune.modules.decoder import DecoderConfig, RopeScaling
+
+# What a config.json may say of Llama's computation, and the only values that this decoder computes.
+_COMPUTED = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def sizes_of_checkpoint(checkpoint_dir: str) -> DecoderConfig:
+    """The Llama-type model whose `config.json` or `params.json` lies in `checkpoint_dir`."""
+    folder = Path(checkpoint_dir)
+    for name, read in (("config.json", sizes_from_hf), ("params.json", sizes_from_meta)):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            return read(json.loads(file.read_text()))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file} does not describe a Llama model: {error!r}") from error
+    raise CheckpointError(f"{folder} has neither config.json (Hugging Face) nor params.json (Meta)")
+
+
+def sizes_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
+    """Read a Hugging Face Llama `config.json`.
+
+    Raises:
+        CheckpointError: it describes a computation that the decoder does not do.
+    """
+    odd = [
+        f"{key} is {config[key]!r}, not {value!r}"
+        for key, value in _COMPUTED.items()
+        if config.get(key, value) != value
+    ]
+    if odd:
+        raise CheckpointError("config.json: not a model that mytune can build", odd)
+    heads = config["num_attention_heads"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return DecoderConfig(
+        vocab_size=config["vocab_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        embed_dim=config["hidden_size"],
+        intermediate_dim=config["intermediate_size"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        max_seq_len=config.get("max_position_embeddings", 2048),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_base=rope.get("rope_theta") or config.get("rope_theta", 10_000.0),
+        rope_scaling=_rope_scaling(rope),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+    )
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise CheckpointError(f"config.json: RoPE scaling {kind!r} is not 'default' or 'llama3'")
+    return RopeScaling(
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        old_context_len=rope["original_max_position_embeddings"],
+    )
+
+
+def sizes_from_meta(params: Mapping[str, Any]) -> DecoderConfig:
+    """Read Meta's `params.json`; it does not say how many positions were trained: 8192, scaled 131,072."""
+    dim, heads = params["dim"], params["n_heads"]
+    scaled = params.get("use_scaled_rope", False)
+    return DecoderConfig(
+        vocab_size=params["vocab_size"],
+        num_layers=params["n_layers"],
+        num_heads=heads,
+        num_kv_heads=params.get("n_kv_heads") or heads,
+        embed_dim=dim,
+        intermediate_dim=ffn_dim(
+            dim, params.get("multiple_of", 256), params.get("ffn_dim_multiplier") or 1.0
+        ),
+        head_dim=dim // heads,
+        max_seq_len=131_072 if scaled else 8192,
+        norm_eps=params.get("norm_eps", 1e-5),
+        rope_base=params.get("rope_theta", 10_000.0),
+        rope_scaling=RopeScaling(params.get("rope_scaling_factor") or 8.0) if scaled else None,
+    )
+
+
+auto_model, lora_auto_model, qlora_auto_model = builders("auto_model", sizes_of_checkpoint)

@@ -1,0 +1,23 @@
+"""The decoder and its parts, LoRA, and losses."""
+
+from mytune._lazy import lazy_names
+
+_WHERE = {
+    "Decoder": "decoder",
+    "DecoderConfig": "decoder",
+    "RopeScaling": "decoder",
+    "document_mask": "decoder",
+    "LoRAConfig": "lora",
+    "LoRALinear": "lora",
+    "adapter_config": "lora",
+    "adapter_state": "lora",
+    "apply_lora": "lora",
+    "init_adapters": "lora",
+    "lora_config_from_peft": "lora",
+    "merged_weights": "lora",
+    "LinearCrossEntropyLoss": "loss",
+    "linear_cross_entropy": "loss",
+    "target_index": "loss",
+}
+__all__ = list(_WHERE)  # noqa: PLE0604
+__getattr__ = lazy_names(__name__, _WHERE)

@@ -1,0 +1,216 @@
+"""The decoder: token embeddings, blocks of attention and SwiGLU, a norm and a head. Every family is a row of sizes.
+
+Letters in shape comments: b batch, s sequence, t keys seen (cache + s), d embed_dim, h heads,
+k key/value heads, e head_dim, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of RoPE's slow frequencies to longer contexts."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    old_context_len: int = 8192
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The sizes of a decoder; a model size is one of these."""
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    embed_dim: int
+    intermediate_dim: int
+    head_dim: int
+    max_seq_len: int
+    norm_eps: float = 1e-5
+    rope_base: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attn_dropout: float = 0.0
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions, kept by whoever generates."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the newest keys and values [b, k, s, e] of a layer; return all [b, k, t, e]."""
+
+
+Rope = tuple[Tensor, Tensor]
+
+
+def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
+    """Return RoPE's angle per position, one for each pair of dimensions: [e / 2], float32."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    freq = 1.0 / (config.rope_base**exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq
+    # Turns that fit into the old context: fast pairs are kept, slow ones slowed, the rest blended.
+    turns = scaling.old_context_len * freq / (2 * torch.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
+    return freq * keep + freq / scaling.factor * (1 - keep)
+
+
+def rope_angles(config: DecoderConfig, positions: Tensor) -> Rope:
+    """Return cos and sin of every position's angles: each [b, 1, s, e / 2], float32."""
+    angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn queries or keys [b, h, s, e] by their positions; pairs are (i, i + e/2), as in Hugging Face."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Let a packed row's tokens [b, s] see only what came before in their own document: bool [b, 1, s, s]."""
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same.tril()
+
+
+def _aligned_causal_mask(queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """Return the causal mask [s, t] of the last `queries` of `keys` positions; one query sees all."""
+    if queries == 1:
+        return None
+    everything = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return everything.tril(diagonal=keys - queries)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key/value heads and RoPE."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.grouped = config.num_kv_heads != config.num_heads
+        self.dropout = config.attn_dropout
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.embed_dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.embed_dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.embed_dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.embed_dim, bias=False)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [b, h, s, e]
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        q = rotate(self._heads(self.q_proj(x)), rope)
+        k = rotate(self._heads(self.k_proj(x)), rope)
+        v = self._heads(self.v_proj(x))
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        causal = mask is None and q.shape[2] == k.shape[2]
+        if mask is None and not causal:
+            mask = _aligned_causal_mask(q.shape[2], k.shape[2], q.device)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            enable_gqa=self.grouped,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.embed_dim, config.intermediate_dim, bias=False)
+        self.up_proj = nn.Linear(config.embed_dim, config.intermediate_dim, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_dim, config.embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention, then SwiGLU, each behind a norm and beside a residual."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer.
+
+    Embeddings are tied by use: a tied model has no `lm_head` and no second Parameter, which the meta
+    device followed by `to_empty` would silently untie.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        )
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., v] of normed hidden states [..., d]."""
+        if self.lm_head is None:
+            return F.linear(hidden, self.embed_tokens.weight)
+        return self.lm_head(hidden)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        output_hidden: bool = False,
+    ) -> Tensor:
+        """Return logits [b, s, v], or the hidden states [b, s, d] that the head would read.
+
+        Args:
+            tokens: ids [b, s].
+            positions: [b, s]; 0, 1, 2, ... if not given.
+            mask: bool [b, 1, s, t], True where a query may look; causal if not given.
+            cache: earlier keys and values; `positions` must then say where `tokens` stand.
+            output_hidden: stop before the head, for losses that never hold all logits.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        rope = rope_angles(self.config, positions)
+        hidden = self.embed_tokens(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden, rope, mask, cache)
+        hidden = self.norm(hidden)
+        return hidden if output_hidden else self.head(hidden)

@@ -1,0 +1,230 @@
+"""LoRA, DoRA and rsLoRA as a change to a built model: named linears gain adapters beside their weight.
+
+LoRA: https://arxiv.org/abs/2106.09685, rsLoRA: https://arxiv.org/abs/2312.03732, DoRA:
+https://arxiv.org/abs/2402.09353. Parameter names are PEFT's: `lora_A.weight` [rank, in],
+`lora_B.weight` [out, rank], `lora_magnitude_vector` [out].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mytune.errors import ConfigError, did_you_mean
+from mytune.quantization.nf4 import NF4Linear
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What is adapted and how."""
+
+    modules: tuple[str, ...]
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    use_dora: bool = False
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class _LoRA(nn.Module):
+    """What a linear gains: y = W x + scaling * B A x, or DoRA's rescaling of that sum.
+
+    Adapters are float32 whatever the weight is: bfloat16 would round small updates away.
+    """
+
+    lora: LoRAConfig
+    lora_A: nn.Linear
+    lora_B: nn.Linear
+    lora_magnitude_vector: nn.Parameter | None
+
+    def add_adapter(self, lora: LoRAConfig) -> None:
+        """Give an adopted linear its adapters, uninitialised, on the device of its weight."""
+        new = {"bias": False, "device": next(self.parameters()).device, "dtype": torch.float32}
+        self.lora = lora
+        self.lora_A = nn.Linear(self.in_features, lora.rank, **new)
+        self.lora_B = nn.Linear(lora.rank, self.out_features, **new)
+        magnitude = torch.empty(self.out_features, device=new["device"]) if lora.use_dora else None
+        self.lora_magnitude_vector = None if magnitude is None else nn.Parameter(magnitude)
+
+    def delta(self) -> Tensor:
+        """Return scaling * B A in float32: [out, in]."""
+        return self.lora.scaling * (self.lora_B.weight @ self.lora_A.weight)
+
+    def merged_weight(self) -> Tensor:
+        """Return a new weight [out, in] that does what weight and adapter do together."""
+        weight = base_weight(self)
+        merged = weight.float() + self.delta()
+        if self.lora_magnitude_vector is not None:
+            merged *= (self.lora_magnitude_vector / merged.norm(dim=1))[:, None]
+        return merged.to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        low = F.linear(
+            F.dropout(x, self.lora.dropout, self.training), self.lora_A.weight.to(x.dtype)
+        )
+        y = y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.lora.scaling
+        if self.lora_magnitude_vector is None:
+            return y
+        # The norm is a constant to the gradient, as in DoRA's paper (section 4.3).
+        norm = (base_weight(self).float() + self.delta()).detach().norm(dim=1)
+        return y * (self.lora_magnitude_vector / norm).to(y.dtype)
+
+
+class LoRALinear(_LoRA, nn.Linear):
+    """A linear with adapters; its own weight keeps its name."""
+
+
+class LoRANF4Linear(_LoRA, NF4Linear):
+    """A 4-bit linear with adapters: QLoRA."""
+
+
+_ADAPTED: dict[type[nn.Module], type[_LoRA]] = {nn.Linear: LoRALinear, NF4Linear: LoRANF4Linear}
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """Return the full-precision weight [out, in] of a linear, dequantized if need be."""
+    return module.dequantize() if isinstance(module, NF4Linear) else module.weight
+
+
+def apply_lora(model: nn.Module, lora: LoRAConfig) -> None:
+    """Give every linear whose last name is in `lora.modules` adapters, and freeze all else.
+
+    The linears are changed in place: names of weights, hooks and devices stay.
+
+    Raises:
+        ConfigError: a name that no linear of the model has, or rank < 1.
+    """
+    if lora.rank < 1:
+        raise ConfigError(f"lora_rank is {lora.rank}; it must be at least 1")
+    linears = {name: m for name, m in model.named_modules() if type(m) in _ADAPTED}
+    leaves = {name.rpartition(".")[2] for name in linears}
+    _check_names(lora.modules, leaves)
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        if name.rpartition(".")[2] in lora.modules:
+            linear.__class__ = _ADAPTED[type(linear)]
+            linear.add_adapter(lora)
+
+
+def _check_names(modules: Collection[str], leaves: Collection[str]) -> None:
+    if not modules:
+        raise ConfigError(
+            f"LoRA has no module to adapt; lora_modules can name {', '.join(sorted(leaves))}"
+        )
+    unknown = [f"{name!r}{did_you_mean(name, leaves)}" for name in modules if name not in leaves]
+    if unknown:
+        raise ConfigError(
+            f"LoRA: no linear of the model is named {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(leaves))}"
+        )
+
+
+def lora_modules(model: nn.Module) -> Iterator[tuple[str, _LoRA]]:
+    """Yield the name and module of every adapted linear."""
+    for name, module in model.named_modules():
+        if isinstance(module, _LoRA):
+            yield name, module
+
+
+@torch.no_grad()
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """Initialise adapters so that the model computes what its base does: A uniform, B zero.
+
+    Draws are full-size, float32, on the CPU and in the order of the modules, so every device and every
+    number of ranks starts from the same adapters. DoRA's magnitudes need loaded base weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _, module in lora_modules(model):
+        bound = 1 / math.sqrt(module.in_features)
+        shape = (module.lora.rank, module.in_features)
+        module.lora_A.weight.copy_(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+        module.lora_B.weight.zero_()
+        if module.lora_magnitude_vector is not None:
+            module.lora_magnitude_vector.copy_(base_weight(module).float().norm(dim=1))
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters' parameters by name; empty for a model without adapters."""
+    return {name: p for name, p in model.named_parameters() if is_adapter(name)}
+
+
+def is_adapter(parameter_name: str) -> bool:
+    """Say whether a parameter belongs to an adapter."""
+    return ".lora_" in parameter_name
+
+
+def adapter_config(model: nn.Module) -> dict[str, Any] | None:
+    """Return the adapters' settings in PEFT's words, or None for a model without adapters."""
+    first = next(lora_modules(model), None)
+    if first is None:
+        return None
+    lora = first[1].lora
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.modules),
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
+        "bias": "none",
+    }
+
+
+def lora_config_from_peft(config: Mapping[str, Any]) -> LoRAConfig:
+    """Read PEFT's `adapter_config.json`."""
+    return LoRAConfig(
+        modules=tuple(sorted(config["target_modules"])),
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        use_dora=config.get("use_dora", False),
+        use_rslora=config.get("use_rslora", False),
+    )
+
+
+class MergedWeights(Mapping[str, Tensor]):
+    """A model's plain weights by name, adapters merged and 4-bit weights dequantized, one at a time.
+
+    A tensor is computed when it is read, so saving never holds a second model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors: dict[str, Callable[[], Tensor]] = {}
+        for prefix, module in model.named_modules():
+            if isinstance(module, _LoRA):
+                self._tensors[f"{prefix}.weight"] = module.merged_weight
+            elif isinstance(module, NF4Linear):
+                self._tensors[f"{prefix}.weight"] = module.dequantize
+            else:
+                for name, parameter in module.named_parameters(prefix, recurse=False):
+                    if not is_adapter(name):
+                        self._tensors[name] = partial(Tensor.detach, parameter)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with torch.no_grad():
+            return self._tensors[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def merged_weights(model: nn.Module) -> MergedWeights:
+    """Return the weights to save, see `MergedWeights`."""
+    return MergedWeights(model)

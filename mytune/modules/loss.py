@@ -1,0 +1,126 @@
+"""Losses that never hold all logits: the head and the cross entropy are computed together, in chunks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mytune.modules.decoder import Decoder, document_mask
+
+IGNORE_INDEX = -100
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(hidden W^T)[label], with both gradients made in the forward, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        ctx.grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        ctx.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        ctx.dtypes = hidden.dtype, weight.dtype
+        for start in range(0, len(labels), chunk):
+            rows = slice(start, start + chunk)
+            picked = labels[rows, None]
+            logits = F.linear(hidden[rows], weight).float()
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            loss += (log_sum - logits.gather(-1, picked)).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            grad = logits.sub_(log_sum).exp_()  # softmax, in place
+            grad.scatter_add_(-1, picked, torch.full_like(grad[:, :1], -1.0))
+            grad = grad.to(hidden.dtype)
+            if needs_hidden:
+                torch.mm(grad, weight, out=ctx.grad_hidden[rows])
+            if needs_weight:
+                ctx.grad_weight += grad.T @ hidden[rows]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if not hasattr(ctx, "grad_hidden"):
+            raise RuntimeError("the gradient of a linear cross entropy can be taken only once")
+        grads = [
+            None if grad is None else grad.mul_(grad_loss).to(dtype)
+            for grad, dtype in zip((ctx.grad_hidden, ctx.grad_weight), ctx.dtypes, strict=True)
+        ]
+        del ctx.grad_hidden, ctx.grad_weight
+        return grads[0], grads[1], None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """Return the summed cross entropy (float32, 0-d) of `hidden` [n, d] under a head `weight` [v, d].
+
+    Args:
+        labels: [n], all of them valid ids.
+        chunk: rows whose logits are held at a time.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)
+
+
+class LinearCrossEntropyLoss:
+    """Cross entropy summed over the trained tokens of a batch; called with the model and the batch.
+
+    Rows that are not trained are dropped before the head; the loss is float32 whatever the model is.
+
+    Args:
+        num_output_chunks: pieces that the trained rows are cut into; if not given, `chunk_size` decides.
+        ignore_index: label of a token that is not trained.
+        chunk_size: trained rows whose logits are held at a time.
+    """
+
+    def __init__(
+        self,
+        num_output_chunks: int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        chunk_size: int = 512,
+    ) -> None:
+        self.num_output_chunks = num_output_chunks
+        self.ignore_index = ignore_index
+        self.chunk_size = chunk_size
+
+    def __call__(self, model: Decoder, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum (float32, 0-d) over labels that are not `ignore_index`.
+
+        Args:
+            batch: `tokens` and `labels` [b, s] (labels already shifted); for packed rows also `positions`
+                and `document_ids` [b, s]. `target_index` [n], the flat places of the trained labels, spares
+                the device a round trip.
+        """
+        documents = batch.get("document_ids")
+        mask = None if documents is None else document_mask(documents)
+        hidden = model(batch["tokens"], batch.get("positions"), mask, output_hidden=True)
+        labels = batch["labels"].flatten()
+        index = batch.get("target_index")
+        if index is None:
+            index = target_index(labels, self.ignore_index)
+        hidden, labels = hidden.flatten(0, 1)[index], labels[index]
+        return self._loss(model, hidden, labels)
+
+    def _loss(self, model: Decoder, hidden: Tensor, labels: Tensor) -> Tensor:
+        chunk = self.chunk_size
+        if self.num_output_chunks:
+            chunk = max(1, math.ceil(len(labels) / self.num_output_chunks))
+        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        if type(head) in (nn.Embedding, nn.Linear):
+            return linear_cross_entropy(hidden, head.weight, labels, chunk)
+        total = hidden.new_zeros((), dtype=torch.float32)  # a head with adapters: recompute instead
+        for rows, picked in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+            total = total + checkpoint(_head_loss, model, rows, picked, use_reentrant=False)
+        return total
+
+
+def _head_loss(model: Decoder, hidden: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model.head(hidden).float(), labels, reduction="sum")
+
+
+def target_index(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return the flat places [n] of the labels that are trained."""
+    return (labels.flatten() != ignore_index).nonzero().squeeze(1)

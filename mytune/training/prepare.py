@@ -1,0 +1,103 @@
+"""What happens to a model between its builder and its first step: recompute, compile, load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from mytune.modules.decoder import Decoder
+from mytune.modules.lora import init_adapters, is_adapter
+from mytune.quantization.nf4 import NF4Linear
+
+
+def checkpoint_activations(model: Decoder, enabled: bool = True) -> None:
+    """Make every block keep only its input and recompute the rest in the backward pass."""
+    if enabled:
+        for layer in model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def offload_activations(enabled: bool, device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which what the backward pass needs waits in the CPU's memory."""
+    if not enabled:
+        return nullcontext()
+    return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
+
+
+def compile_blocks(model: Decoder, enabled: bool = True) -> None:
+    """Compile every block in place; blocks are alike, so one compilation serves them all."""
+    if enabled:
+        for layer in model.layers:
+            layer.compile()
+
+
+@torch.no_grad()
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Move a checkpoint's weights into a model on the meta device, one tensor at a time.
+
+    Mapped tensors that already have the right dtype and device are assigned, not copied. 4-bit
+    linears quantize their weight as it comes. Adapters are left for `load_adapters`.
+    """
+    for prefix, module in model.named_modules():
+        if isinstance(module, NF4Linear):
+            weight = weights[f"{prefix}.weight"]
+            module.quantize_(weight.to(device, dtype))
+            continue
+        for name, parameter in list(module.named_parameters(prefix, recurse=False)):
+            if not is_adapter(name):
+                leaf = name.rpartition(".")[2]
+                setattr(module, leaf, _like(parameter, weights[name].to(device, dtype)))
+
+
+@torch.no_grad()
+def load_adapters(
+    model: nn.Module, adapter: Mapping[str, Tensor] | None, device: torch.device, seed: int
+) -> None:
+    """Give a model its adapters: those of a checkpoint, or fresh ones that change nothing.
+
+    Base weights must be loaded. Does nothing for a model without adapters.
+    """
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(prefix, recurse=False)):
+            if is_adapter(name):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                setattr(module, name.rpartition(".")[2], _like(parameter, empty))
+    if adapter is None:
+        init_adapters(model, seed)
+        return
+    own = dict(model.named_parameters())
+    for name, tensor in adapter.items():
+        own[name].copy_(tensor)
+
+
+def _like(parameter: nn.Parameter, tensor: Tensor) -> nn.Parameter:
+    """Return `tensor` as a Parameter that trains and is sharded as `parameter` is."""
+    if isinstance(parameter, DTensor):
+        tensor = distribute_tensor(
+            tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters a model has, and how many of them train.
+
+    A 4-bit weight counts as the weights it stands for.
+    """
+    total = trained = 0
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            total += module.in_features * module.out_features
+            continue
+        for parameter in module.parameters(recurse=False):
+            total += parameter.numel()
+            trained += parameter.numel() * parameter.requires_grad
+    return total, trained

@@ -1,0 +1,58 @@
+"""Tiny random Hugging Face models, the oracle of many tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    """Return a random Llama in float32, eval mode, with weights large enough that a fault shows."""
+    sizes = dict(
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        rope_theta=500_000.0,
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).eval()
+    with torch.no_grad():  # norms start as ones, which would hide a swapped or forgotten one
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename a Hugging Face Llama state dict to ours; written here by hand, apart from the tables."""
+    renames = (
+        ("model.", ""),
+        ("self_attn.", "attn."),
+        ("post_attention_layernorm", "mlp_norm"),
+        ("input_layernorm", "attn_norm"),
+    )
+    renamed = {}
+    for name, tensor in state.items():
+        for old, new in renames:
+            name = name.replace(old, new, 1)
+        renamed[name] = tensor
+    return renamed
