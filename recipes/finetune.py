@@ -147,6 +147,16 @@ def main(cfg: Config) -> None:
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
     set_deterministic(cfg.cudnn_deterministic_mode)
-    with ExitStack() as stack:
-        checkpointer = instantiate(cfg.checkpointer)
-        stack.enter_context(open_run_directory(cfg.output_dir, checkpointer.output_dir, cfg))
+    checkpointer = instantiate(cfg.checkpointer)
+    with run_directory(cfg.output_dir, checkpointer, cfg.overwrite_output_dir):
+        resumed = checkpointer.latest() if cfg.resume_from_checkpoint else None
+        state = resumed.state if resumed else {}
+        seed = state["seed"] if resumed else set_seed(cfg.seed)
+
+        tokenizer = instantiate(cfg.tokenizer)
+        train_data = load_dataset(cfg.dataset, tokenizer)
+        val_data = load_dataset(cfg.dataset_val, tokenizer)
+
+        model = load_model(cfg, checkpointer, resumed, device, dtype, seed)
+        
+

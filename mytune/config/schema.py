@@ -1,0 +1,194 @@
+"""The schema of a recipe: its `Config` dataclass, read from the source without running any of it."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mytune.config.types import KEY
+from mytune.errors import ConfigError
+
+_HINTS: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "Any": Any,
+    "Component": dict[str, Any],
+    "Components": Any,  # OmegaConf has no union of containers; `load` looks at the shape
+}
+_ALLOWED = "int, float, str, bool, Any, Literal[...], list[...], dict[str, ...], Component, Components, X | None"
+_NOT_LITERAL = "a default is a literal, component(...) or field(default_factory=lambda: ...): a recipe is not run to read it"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a config: `type` as written, `hint` as a type, the comment and the section above it."""
+
+    name: str
+    type: str
+    hint: Any
+    default: Any
+    required: bool
+    comment: str
+    section: str
+    line: int
+
+    @property
+    def optional(self) -> bool:
+        return self.hint is Any and self.type == "Any" or "None" in self.type.split(" | ")
+
+    @property
+    def kind(self) -> str:
+        """The type without `| None`."""
+        return " | ".join(part for part in self.type.split(" | ") if part != "None")
+
+
+@dataclass(frozen=True)
+class Supplied:
+    """What a recipe adds to a component's own arguments when it calls `instantiate(cfg.key, ...)`."""
+
+    positional: int
+    keywords: frozenset[str]
+    more: bool  # a star argument: nobody can count
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A recipe's keys. `supplied` holds what its `instantiate(cfg.key, ...)` calls add to each."""
+
+    file: Path
+    docstring: str
+    fields: list[Field]
+    supplied: dict[str, Supplied] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, Field]:
+        return {each.name: each for each in self.fields}
+
+
+def read_schema(recipe_file: Path) -> Schema:
+    """Read a recipe's `Config`. Raises `ConfigError` naming every field that is not declarative."""
+    try:
+        source = recipe_file.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {recipe_file}: {error.strerror}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise ConfigError(f"{recipe_file}:{line}: not a Python file: {error}") from None
+    found = [each for each in tree.body if isinstance(each, ast.ClassDef) and each.name == "Config"]
+    if not found:
+        raise ConfigError(f"{recipe_file} has no `class Config`: a recipe declares its keys there")
+    fields = _read_fields(found[0], source, recipe_file)
+    supplied = _read_supplied(tree, {each.name for each in fields})
+    return Schema(recipe_file, ast.get_docstring(tree) or "", fields, supplied)
+
+
+def parse_hint(annotation: str) -> Any:
+    """Return the type that an annotation's text means; ValueError if configs have no such type."""
+    return _hint(ast.parse(annotation, mode="eval").body)
+
+
+def _read_fields(config: ast.ClassDef, source: str, file: Path) -> list[Field]:
+    comments = _comments(source)
+    fields, problems, end = [], [], config.lineno
+    for node in config.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            comment, section = _comment(comments, end + 1, node.lineno)
+            name, text = node.target.id, ast.unparse(node.annotation)
+            hint: Any = Any
+            default = None
+            try:
+                hint = _hint(node.annotation)
+            except ValueError:
+                problems.append(f"{file}:{node.lineno}: {name}: the type {text} is none of {_ALLOWED}")
+            try:
+                default = _value(node.value) if node.value else None
+            except ValueError:
+                problems.append(f"{file}:{node.lineno}: {name}: {_NOT_LITERAL}")
+            required = node.value is None
+            fields.append(Field(name, text, hint, default, required, comment, section, node.lineno))
+        end = node.end_lineno or end
+    if problems:
+        raise ConfigError(f"the Config of {file} cannot be read", problems)
+    return fields
+
+
+def _hint(node: ast.expr) -> Any:
+    match node:
+        case ast.Name(id=name) if name in _HINTS:
+            return _HINTS[name]
+        case ast.Constant(value=None):
+            return None
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return typing.Union[_hint(left), _hint(right)]  # noqa: UP007
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+            values = ast.literal_eval(choices)
+            return typing.Literal[values]
+        case ast.Subscript(value=ast.Name(id="list"), slice=item):
+            return types.GenericAlias(list, (_hint(item),))
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, value])):
+            return types.GenericAlias(dict, (_hint(key), _hint(value)))
+    raise ValueError(ast.unparse(node))
+
+
+def _value(node: ast.expr) -> Any:
+    match node:
+        case ast.Call(func=ast.Name(id="component"), args=[ast.Constant(value=str(path))]):
+            return {KEY: path} | {each.arg: _value(each.value) for each in node.keywords if each.arg}
+        case ast.Call(
+            func=ast.Name(id="field"),
+            keywords=[ast.keyword(arg="default_factory", value=ast.Lambda(body=body))],
+        ):
+            return _value(body)
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_value(item) for item in items]
+        case ast.Dict(keys=keys, values=values) if all(keys):
+            return {ast.literal_eval(k): _value(v) for k, v in zip(keys, values, strict=True) if k}
+    return ast.literal_eval(node)
+
+
+def _comments(source: str) -> dict[int, tuple[str, bool]]:
+    """Return line -> (a comment's text, does it stand alone)."""
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            alone = not token.line[: token.start[1]].strip()
+            found[token.start[0]] = (token.string.lstrip("#").strip(), alone)
+    return found
+
+
+def _comment(comments: dict[int, tuple[str, bool]], start: int, line: int) -> tuple[str, str]:
+    """Return the comment and the section heading of the field at `line`; `start` follows the one before."""
+    section, block = "", []
+    for each in range(start, line):
+        text, alone = comments.get(each, ("", False))
+        if alone:
+            block.append(text)
+        elif block:
+            section, block = " ".join(block), []
+    trailing = comments.get(line)
+    return trailing[0] if trailing else "\n".join(block), section
+
+
+def _read_supplied(tree: ast.Module, names: set[str]) -> dict[str, Supplied]:
+    found: dict[str, Supplied] = {}
+    for call in ast.walk(tree):
+        match call:
+            case ast.Call(func=ast.Name(id="instantiate"), args=[ast.Attribute(attr=key), *rest]):
+                if key not in names:
+                    continue
+                more = any(isinstance(each, ast.Starred) for each in rest)
+                more = more or any(each.arg is None for each in call.keywords)
+                keywords = frozenset(each.arg for each in call.keywords if each.arg)
+                this = Supplied(len(rest), keywords, more)
+                same = found.get(key, this) == this
+                found[key] = this if same else Supplied(0, frozenset(), more=True)
+    return found

@@ -1,0 +1,217 @@
+"""NF4, QLoRA's 4-bit data type, and a frozen linear that holds its weight in it.
+
+https://arxiv.org/abs/2305.14314: each block of 64 weights is divided by its largest magnitude and
+rounded to the nearest of 16 levels; the blocks' scales are 8-bit codes themselves, in groups of 256
+that share one step. 4 + 8/64 + 16/(64 * 256) = 4.126 bits per weight. The 4-bit codes are those of
+bitsandbytes, byte for byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional as F
+
+BLOCK = 64  # weights that share a scale
+GROUP = 256  # scales that share a step
+
+# Quantiles of the normal distribution, as float32: appendix E of the paper.
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize a weight of any shape; the last block and group are padded with zeros.
+
+    Returns:
+        Codes uint8 [blocks, 32], two weights per byte, the first in the high half; scales uint8
+        [groups, 256]; steps bfloat16 [groups, 1], scale * step being a block's largest magnitude.
+        Steps are bfloat16 so that casting a model cannot change them.
+    """
+    blocks = _rows(weight.detach().float(), BLOCK)
+    tiny = torch.finfo(torch.float32).tiny
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    levels = torch.tensor(LEVELS, device=weight.device)
+    scaled = blocks * largest.clamp(min=tiny).reciprocal()  # not a division: bitsandbytes' rounding
+    codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
+    groups = _rows(largest, GROUP)
+    steps = (groups.amax(dim=1, keepdim=True) / 255).bfloat16()
+    scales = (groups / steps.float().clamp(min=tiny)).round().clamp(max=255).to(torch.uint8)
+    return codes[:, ::2] << 4 | codes[:, 1::2], scales, steps
+
+
+def dequantize_nf4(
+    codes: Tensor, scales: Tensor, steps: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Return the weight of `shape` that `quantize_nf4` made the tensors of."""
+    pairs = _constant_pairs(codes.device).index_select(0, codes.flatten().int())
+    largest = (scales.float() * steps).flatten()[: len(codes), None]
+    weight = pairs.view(torch.float32).view(-1, BLOCK).mul_(largest)
+    return weight.flatten()[: math.prod(shape)].view(shape).to(dtype)
+
+
+def _rows(tensor: Tensor, length: int) -> Tensor:
+    """Cut a tensor into rows of `length`, the last one filled up with zeros."""
+    return F.pad(tensor.flatten(), (0, -tensor.numel() % length)).view(-1, length)
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """Return the two levels of each byte, float32 [256, 2] seen as int64 [256].
+
+    Looking up one number of 8 bytes is three times as fast as a row of two of 4.
+    """
+    levels = torch.tensor(LEVELS)
+    return torch.cartesian_prod(levels, levels).view(torch.int64).flatten().to(device)
+
+
+# A compiled graph holds the table as a constant, and not the making of it.
+_constant_pairs: Callable[[torch.device], Tensor] = torch.compiler.assume_constant_result(
+    lambda device: _pairs(device)
+)
+
+
+class _NF4Product(torch.autograd.Function):
+    """x W^T, keeping the codes for the backward pass and not the weight they stand for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, steps: Tensor, shape: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales, steps)
+        ctx.shape = shape
+        return F.linear(x, dequantize_nf4(codes, scales, steps, shape, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        codes, scales, steps = ctx.saved_tensors
+        weight = dequantize_nf4(codes, scales, steps, ctx.shape, grad.dtype)
+        return grad @ weight, None, None, None, None
+
+
+class NF4Linear(nn.Module):
+    """A linear whose weight is frozen in NF4; gradients go through it to its input.
+
+    Its parameters are uninitialised until `quantize_`, or until a state dict is loaded.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: add a bias, in `dtype`.
+        device: of the parameters, `"meta"` for none yet.
+        dtype: of what `dequantize` returns, unless `quantize_` sees another; products are made in
+            the dtype of the input.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dtype = dtype or torch.get_default_dtype()
+        blocks = -(-in_features * out_features // BLOCK)
+        groups = -(-blocks // GROUP)
+        for name, shape, of in (
+            ("codes", (blocks, BLOCK // 2), torch.uint8),
+            ("scales", (groups, GROUP), torch.uint8),
+            ("steps", (groups, 1), torch.bfloat16),
+            ("bias", (out_features,), self.dtype),
+        ):
+            empty = torch.empty(shape, dtype=of, device=device)
+            wanted = name != "bias" or bias
+            self.register_parameter(
+                name, nn.Parameter(empty, requires_grad=False) if wanted else None
+            )
+
+    codes: nn.Parameter
+    scales: nn.Parameter
+    steps: nn.Parameter
+    bias: nn.Parameter | None
+
+    @torch.no_grad()
+    def quantize_(self, weight: Tensor) -> None:
+        """Take a full-precision weight [out, in]: its values, its device and its dtype.
+
+        Where the parameters are sharded, every rank gives the whole weight and keeps its part.
+        """
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"the weight is {list(weight.shape)}, not [{self.out_features}, {self.in_features}]"
+            )
+        self.dtype = weight.dtype
+        for name, tensor in zip(("codes", "scales", "steps"), quantize_nf4(weight), strict=True):
+            old = getattr(self, name)
+            if isinstance(old, DTensor):
+                tensor = distribute_tensor(
+                    tensor, old.device_mesh, old.placements, src_data_rank=None
+                )
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def dequantize(self) -> Tensor:
+        """Return the weight [out, in] that the codes stand for."""
+        return dequantize_nf4(self.codes, self.scales, self.steps, self._shape, self.dtype)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _NF4Product.apply(x, self.codes, self.scales, self.steps, self._shape)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, dtype={self.dtype}"
+        )
+
+
+def apply_nf4(model: nn.Module, skip: Collection[str] = ("lm_head",)) -> None:
+    """Put an `NF4Linear` in the place of every linear whose last name is not in `skip`.
+
+    Weights that exist are quantized; on the meta device the new ones wait for `quantize_`.
+    """
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear and name not in skip:
+                setattr(parent, name, _quantized(linear))
+
+
+def _quantized(linear: nn.Linear) -> NF4Linear:
+    """Return a linear's quantized twin."""
+    weight, bias = linear.weight, linear.bias
+    wide, tall = linear.in_features, linear.out_features
+    twin = NF4Linear(wide, tall, bias is not None, "meta", weight.dtype)
+    if not weight.is_meta:
+        twin.quantize_(weight)
+    if bias is not None:
+        twin.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return twin

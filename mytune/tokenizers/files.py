@@ -1,0 +1,191 @@
+"""Tokenizer files: Meta's tiktoken ranks and Hugging Face's `tokenizer.json`, found and read."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from binascii import a2b_base64
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from mytune.errors import CheckpointError, ConfigError, ResourceError
+
+PLACES = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+
+_WRONG_FILES = {
+    rb"\n.\n.<": "a SentencePiece model (Llama 2's format); Llama 3 needs the tiktoken file of its own repository",
+    rb"version https://git-lfs": "a Git LFS pointer, not the file it points at; download the file itself",
+    rb"\s*<": "an HTML or XML page, not a tokenizer; download the file again",
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer file holds.
+
+    Args:
+        encode: text to ids; special tokens in the text are text.
+        tokens: id -> bytes of every id that `encode` can return.
+        special_tokens: name -> id; empty for a tiktoken file, which does not hold them.
+        digest: sha256 of the file.
+    """
+
+    encode: Callable[[str], list[int]]
+    tokens: dict[int, bytes]
+    special_tokens: dict[str, int]
+    digest: str
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """Return the tokenizer file at `path`, or in it if it is a directory (see `PLACES`)."""
+    given = Path(path).expanduser()
+    folder = given if given.is_dir() else given.parent
+    found = [folder / place for place in PLACES if (folder / place).is_file()]
+    if given.is_file() or (given.is_dir() and found):
+        return given if given.is_file() else found[0]
+    raise ConfigError(
+        f"no tokenizer file at {str(given)!r}; {_what_is_there(folder, found)}; change tokenizer.path"
+    )
+
+
+def read_vocabulary(path: Path, pattern: str) -> Vocabulary:
+    """Read a tokenizer file; its first bytes, not its name, say which kind it is.
+
+    Args:
+        pattern: the regex that splits text into words; a `tokenizer.json` has its own.
+    """
+    data = _read(path)
+    for start, what in _WRONG_FILES.items():
+        if re.match(start, data[:100], re.DOTALL):
+            raise CheckpointError(f"{path} is {what}")
+    is_json = data[:100].lstrip().startswith(b"{")
+    return _read_json(path, data) if is_json else _read_tiktoken(path, data, pattern)
+
+
+def read_special_tokens(path: str | Path) -> dict[str, int]:
+    """Return name -> id of the special tokens that a `tokenizer.json` adds."""
+    try:
+        added = json.loads(_read(Path(path).expanduser()))["added_tokens"]
+        return {token["content"]: int(token["id"]) for token in added if token.get("special", True)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a tokenizer.json with 'added_tokens' ({error!r}); change tokenizer.special_tokens_path"
+        ) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(f"tokenizer file {str(path)!r} does not exist") from error
+    except OSError as error:
+        raise ResourceError(f"cannot read tokenizer file {str(path)!r}: {error.strerror}") from error
+
+
+def _what_is_there(folder: Path, found: list[Path]) -> str:
+    if not folder.is_dir():
+        return f"the directory {str(folder)!r} does not exist"
+    if found:
+        return f"did you mean {str(found[0])!r}?"
+    names = sorted(entry.name for entry in folder.iterdir())
+    listing = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "nothing"
+    return f"{str(folder)!r} holds {listing} (Hugging Face repositories keep it at original/tokenizer.model)"
+
+
+# --- Meta's tiktoken file: a line per token, "base64 rank"; the rank is the id ---
+
+
+def _read_tiktoken(path: Path, data: bytes, pattern: str) -> Vocabulary:
+    lines = [line for line in data.splitlines() if line]
+    try:
+        ranks = dict(map(_token_and_rank, lines))
+    except ValueError:
+        ranks = {}
+    tokens = {rank: token for token, rank in ranks.items()}
+    if not lines or tokens.keys() != set(range(len(lines))):
+        raise CheckpointError(f"{path}{_first_fault(data)}")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise CheckpointError(f"{path} lacks tokens for {len(missing)} single bytes, the first {missing[0]:#04x}")
+    encoding = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return Vocabulary(encoding.encode_ordinary, tokens, {}, hashlib.sha256(data).hexdigest())
+
+
+def _token_and_rank(line: bytes) -> tuple[bytes, int]:
+    token, rank = line.split()
+    return a2b_base64(token, strict_mode=True), int(rank)
+
+
+def _first_fault(data: bytes) -> str:
+    """Say which line makes the file useless: the slow path, taken only for a file known to be bad."""
+    lines = data.splitlines()
+    count = sum(map(bool, lines))
+    ids: set[int] = set()
+    tokens: set[bytes] = set()
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            token, rank = _token_and_rank(line)
+        except ValueError:
+            return f":{number} is {line[:40]!r}; a line of a tiktoken file is a base64 token and its rank"
+        if rank in ids or token in tokens:
+            return f":{number} repeats a token or rank of an earlier line: {line[:40]!r}"
+        if not 0 <= rank < count:
+            return f":{number} has rank {rank}; the ranks of {count} tokens are 0 to {count - 1}"
+        ids.add(rank)
+        tokens.add(token)
+    return " is empty"
+
+
+# --- Hugging Face's tokenizer.json: byte-level BPE ---
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(256 + position): byte for position, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | shifted
+
+
+def _read_json(path: Path, data: bytes) -> Vocabulary:
+    from tokenizers import Tokenizer  # 0.1 s, and a tiktoken file does not need it
+
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+    except Exception as error:  # all that the library raises
+        raise CheckpointError(f"{path} is not a tokenizer.json that can be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # sic: encode what looks like one as text
+    added = tokenizer.get_added_tokens_decoder()
+    tokens = _bytes_of_vocabulary(path, tokenizer.get_vocab(with_added_tokens=False))
+    special = {token.content: i for i, token in added.items() if token.special}
+    tokens |= {i: token.content.encode() for i, token in added.items()}
+    tokens = {i: token for i, token in tokens.items() if i not in special.values()}
+    encode = functools.partial(_encode_json, tokenizer)
+    return Vocabulary(encode, tokens, special, hashlib.sha256(data).hexdigest())
+
+
+def _bytes_of_vocabulary(path: Path, vocabulary: Mapping[str, int]) -> dict[int, bytes]:
+    byte_of = _byte_alphabet()
+    try:
+        if not byte_of.keys() <= vocabulary.keys():
+            raise KeyError("single bytes")
+        return {i: bytes(map(byte_of.__getitem__, piece)) for piece, i in vocabulary.items()}
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not a byte-level BPE as Llama 3's is: {error} not found") from error
+
+
+def _encode_json(tokenizer: Any, text: str) -> list[int]:
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except TypeError:  # a lone surrogate, as JSON may hold: tiktoken replaces it in this way
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)

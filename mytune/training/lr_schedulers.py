@@ -1,0 +1,90 @@
+"""Learning-rate schedules in closed form: the rate of a step depends on the step's number alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from mytune.errors import ConfigError
+
+log = logging.getLogger("mytune")
+
+
+def get_cosine_schedule_with_warmup(
+    optimizer: Optimizer,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    num_cycles: float = 0.5,
+    last_epoch: int = -1,
+) -> LambdaLR:
+    """Rise linearly from 0 to the optimizer's lr, then follow a cosine; half a cycle ends at 0.
+
+    Step 0 has lr 0 and the peak is at step `num_warmup_steps`. To resume after n steps give the
+    optimizer with its full lr and `last_epoch=n - 1`.
+    """
+    if num_cycles <= 0:
+        raise ConfigError(f"num_cycles is {num_cycles}; it must be above 0 (0.5 falls to 0 once)")
+
+    def after_warmup(progress: float) -> float:
+        return 0.5 * (1 + math.cos(2 * math.pi * num_cycles * progress))
+
+    return _schedule(optimizer, num_warmup_steps, num_training_steps, after_warmup, last_epoch)
+
+
+def get_linear_schedule_with_warmup(
+    optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
+) -> LambdaLR:
+    """Rise linearly from 0 to the optimizer's lr, then fall linearly to 0 at the last step's end."""
+    return _schedule(
+        optimizer, num_warmup_steps, num_training_steps, lambda progress: 1 - progress, last_epoch
+    )
+
+
+def get_constant_schedule_with_warmup(
+    optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
+) -> LambdaLR:
+    """Rise linearly from 0 to the optimizer's lr and stay there."""
+    return _schedule(
+        optimizer, num_warmup_steps, num_training_steps, lambda progress: 1.0, last_epoch
+    )
+
+
+def _schedule(
+    optimizer: Optimizer,
+    warmup: int,
+    total: int,
+    after_warmup: Callable[[float], float],
+    last_epoch: int,
+) -> LambdaLR:
+    """Return the schedule whose factor is a ramp, then `after_warmup(progress)`, progress from 0 to 1."""
+    for name, value, least in (
+        ("num_warmup_steps", warmup, 0),
+        ("num_training_steps", total, 1),
+        ("last_epoch", last_epoch, -1),
+    ):
+        if value < least:
+            raise ConfigError(f"lr_scheduler: {name} is {value}; it must be at least {least}")
+    if warmup >= total:
+        log.warning(
+            "lr_scheduler: num_warmup_steps=%d, but the run has %d steps: the learning rate never reaches its peak",
+            warmup,
+            total,
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return after_warmup(min(1.0, (step - warmup) / max(1, total - warmup)))
+
+    for group in optimizer.param_groups:  # torch asks for it where last_epoch is given
+        group.setdefault("initial_lr", group["lr"])
+    return LambdaLR(optimizer, factor, last_epoch)
+
+
+def get_lr(optimizer: Optimizer) -> float:
+    """Return the learning rate of the next step (of the first parameter group, if they differ)."""
+    return float(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,77 @@
+"""Seeds and determinism: what is random is a pure function of the seed and the step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mytune.errors import ConfigError
+
+log = logging.getLogger("mytune")
+
+_MODES: dict[str | int | None, int] = {None: 0, "default": 0, "warn": 1, "error": 2, 0: 0, 1: 1, 2: 2}
+
+
+def set_seed(seed: int | None = None) -> int:
+    """Seed Python, numpy and torch; None draws a seed, the same for all ranks. Returns and logs it."""
+    if seed is None:
+        seed = _agreed(random.SystemRandom().randrange(2**31))
+        log.info("seed: %d (drawn; seed=%d repeats this run)", seed, seed)
+    elif not 0 <= seed < 2**63:
+        raise ConfigError(f"seed is {seed}; it must be at least 0 and below 2**63")
+    else:
+        log.info("seed: %d", seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return seed
+
+
+def _agreed(seed: int) -> int:
+    """Return rank 0's seed."""
+    box = [seed]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def seed_step(seed: int, step: int, rank: int = 0, device: torch.device | None = None) -> None:
+    """Seed the CPU's and the device's generators for one step of one rank.
+
+    Dropout then depends on nothing but these numbers, so a resumed run needs no saved generator state.
+    """
+    value = _mix(_mix(_mix(seed) ^ step) ^ rank)
+    # Not torch.manual_seed: it seeds every device of the machine and takes 100 times as long.
+    torch.default_generator.manual_seed(value)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(value)
+
+
+def _mix(value: int) -> int:
+    """Scatter 64 bits (splitmix64): the CPU's generator looks at the low 32 bits of a seed only."""
+    value = (value + 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)
+
+
+def set_deterministic(mode: str | int | None) -> None:
+    """Choose deterministic kernels: None, "default" or 0 no; "warn" or 1 where possible; "error" or 2 always.
+
+    cuBLAS reads its workspace setting when CUDA starts, so call this before anything is on the device.
+    """
+    if mode not in _MODES:
+        raise ConfigError(
+            f"cudnn_deterministic_mode is {mode!r}; it can be default (0), warn (1) or error (2)"
+        )
+    level = _MODES[mode]
+    if level:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_deterministic_debug_mode(level)
+    torch.backends.cudnn.deterministic = level > 0
+    torch.backends.cudnn.benchmark = False
