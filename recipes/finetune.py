@@ -158,5 +158,3 @@ def main(cfg: Config) -> None:
         val_data = load_dataset(cfg.dataset_val, tokenizer)
 
         model = load_model(cfg, checkpointer, resumed, device, dtype, seed)
-        
-

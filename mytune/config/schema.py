@@ -108,7 +108,9 @@ def _read_fields(config: ast.ClassDef, source: str, file: Path) -> list[Field]:
             try:
                 hint = _hint(node.annotation)
             except ValueError:
-                problems.append(f"{file}:{node.lineno}: {name}: the type {text} is none of {_ALLOWED}")
+                problems.append(
+                    f"{file}:{node.lineno}: {name}: the type {text} is none of {_ALLOWED}"
+                )
             try:
                 default = _value(node.value) if node.value else None
             except ValueError:
@@ -142,7 +144,9 @@ def _hint(node: ast.expr) -> Any:
 def _value(node: ast.expr) -> Any:
     match node:
         case ast.Call(func=ast.Name(id="component"), args=[ast.Constant(value=str(path))]):
-            return {KEY: path} | {each.arg: _value(each.value) for each in node.keywords if each.arg}
+            return {KEY: path} | {
+                each.arg: _value(each.value) for each in node.keywords if each.arg
+            }
         case ast.Call(
             func=ast.Name(id="field"),
             keywords=[ast.keyword(arg="default_factory", value=ast.Lambda(body=body))],

@@ -88,7 +88,7 @@ def _pairs(device: torch.device) -> Tensor:
 
 
 # A compiled graph holds the table as a constant, and not the making of it.
-_constant_pairs: Callable[[torch.device], Tensor] = torch.compiler.assume_constant_result(
+_constant_pairs: Callable[[torch.device], Tensor] = torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
     lambda device: _pairs(device)
 )
 
@@ -184,7 +184,9 @@ class NF4Linear(nn.Module):
         return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _NF4Product.apply(x, self.codes, self.scales, self.steps, self._shape)
+        y: Tensor = _NF4Product.apply(  # type: ignore[no-untyped-call]
+            x, self.codes, self.scales, self.steps, self._shape
+        )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -85,7 +85,9 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise ConfigError(f"tokenizer file {str(path)!r} does not exist") from error
     except OSError as error:
-        raise ResourceError(f"cannot read tokenizer file {str(path)!r}: {error.strerror}") from error
+        raise ResourceError(
+            f"cannot read tokenizer file {str(path)!r}: {error.strerror}"
+        ) from error
 
 
 def _what_is_there(folder: Path, found: list[Path]) -> str:
@@ -111,8 +113,12 @@ def _read_tiktoken(path: Path, data: bytes, pattern: str) -> Vocabulary:
     if not lines or tokens.keys() != set(range(len(lines))):
         raise CheckpointError(f"{path}{_first_fault(data)}")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise CheckpointError(f"{path} lacks tokens for {len(missing)} single bytes, the first {missing[0]:#04x}")
-    encoding = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        raise CheckpointError(
+            f"{path} lacks tokens for {len(missing)} single bytes, the first {missing[0]:#04x}"
+        )
+    encoding = tiktoken.Encoding(
+        path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+    )
     return Vocabulary(encoding.encode_ordinary, tokens, {}, hashlib.sha256(data).hexdigest())
 
 
@@ -160,15 +166,18 @@ def _read_json(path: Path, data: bytes) -> Vocabulary:
     try:
         tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # all that the library raises
-        raise CheckpointError(f"{path} is not a tokenizer.json that can be read: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a tokenizer.json that can be read: {error}"
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # sic: encode what looks like one as text
     added = tokenizer.get_added_tokens_decoder()
     tokens = _bytes_of_vocabulary(path, tokenizer.get_vocab(with_added_tokens=False))
     special = {token.content: i for i, token in added.items() if token.special}
-    tokens |= {i: token.content.encode() for i, token in added.items()}
-    tokens = {i: token for i, token in tokens.items() if i not in special.values()}
+    tokens |= {i: token.content.encode() for i, token in added.items() if not token.special}
+    for token_id in special.values():
+        tokens.pop(token_id, None)
     encode = functools.partial(_encode_json, tokenizer)
     return Vocabulary(encode, tokens, special, hashlib.sha256(data).hexdigest())
 
@@ -180,7 +189,9 @@ def _bytes_of_vocabulary(path: Path, vocabulary: Mapping[str, int]) -> dict[int,
             raise KeyError("single bytes")
         return {i: bytes(map(byte_of.__getitem__, piece)) for piece, i in vocabulary.items()}
     except KeyError as error:
-        raise CheckpointError(f"{path} is not a byte-level BPE as Llama 3's is: {error} not found") from error
+        raise CheckpointError(
+            f"{path} is not a byte-level BPE as Llama 3's is: {error} not found"
+        ) from error
 
 
 def _encode_json(tokenizer: Any, text: str) -> list[int]:

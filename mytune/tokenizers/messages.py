@@ -45,7 +45,9 @@ class Message:
                 + did_you_mean(str(self.role), ROLES)
             )
         if self.ipython and self.role != "assistant":
-            raise DataError(f"only the assistant calls tools: ipython=True on a {self.role} message")
+            raise DataError(
+                f"only the assistant calls tools: ipython=True on a {self.role} message"
+            )
 
 
 def validate_messages(messages: Sequence[Message]) -> None:

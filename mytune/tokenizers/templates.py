@@ -69,7 +69,7 @@ class ChatMLTemplate(PromptTemplate):
         )
 
 
-def prompt_template(spec: TemplateSpec) -> ApplyTemplate | None:
+def resolve_template(spec: TemplateSpec) -> ApplyTemplate | None:
     """Return the template that a config names: a dotted path to a class, a mapping, or the thing itself."""
     if isinstance(spec, str):
         from mytune.config import instantiate  # has the rules on what a config may name

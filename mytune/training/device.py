@@ -39,7 +39,7 @@ def get_device(name: str) -> torch.device:
         )
     if kind in ("cpu", "mps") and present[kind]:
         return torch.device(kind)
-    index = int(number or os.environ.get("LOCAL_RANK", 0))
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
     if index >= present[kind]:
         raise ResourceError(_missing(kind, index, present))
     device = torch.device(kind, index)
@@ -59,13 +59,15 @@ def _present() -> dict[str, int]:
 
 def _missing(kind: str, index: int, present: dict[str, int]) -> str:
     there = ", ".join(f"{count} x {name}" for name, count in present.items() if count)
-    if present[kind] and "LOCAL_RANK" in os.environ:
-        return f"process {index} of this machine has no {kind} device of its own; there is: {there}; start fewer processes with --nproc-per-node {present[kind]}"
-    if present[kind]:
-        return f"device {kind}:{index} is not there; there is: {there}; numbers start at 0, use device={kind}:{present[kind] - 1} or less"
-    built = torch.backends.cuda.is_built() if kind == "cuda" else True
-    why = "no such device is visible" if built else f"torch {torch.__version__} is a build without CUDA"
-    return f"device is {kind}, but {why}; there is: {there}; use device=cpu to run on the CPU"
+    if not present[kind]:
+        why = (
+            "" if kind != "cuda" or torch.version.cuda else f" (torch {torch.__version__} has none)"
+        )
+        return (
+            f"device is {kind}, which is not here{why}; here is {there}; device=cpu runs on the CPU"
+        )
+    remedy = f"start {present[kind]} processes" if world_size() > 1 else f"use device={kind}:0"
+    return f"{kind}:{index} is not here; here is {there}; {remedy}"
 
 
 def get_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -92,7 +94,7 @@ def get_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:  # mps has it from macOS 14 on, and no function that says so
         return bool(torch.ones(1, device=device, dtype=torch.bfloat16).add(1).item() == 2)
     except (RuntimeError, TypeError):
@@ -113,9 +115,10 @@ def describe_device(device: torch.device) -> str:
 def use_fast_float32_matmul(device: torch.device) -> bool:
     """Let float32 products on the CPU use torch's "medium" precision where that loses nothing.
 
-    On CPUs without bfloat16 matrix units "medium" only means another library (oneDNN for MKL: 1.05
-    to 2.2 times as fast on AMD); on others it rounds to bfloat16. So the error of small products is looked at: about
-    5e-7 in float32, 1e-3 in bfloat16. It is not timed: a run and its resumption must choose alike.
+    On CPUs without bfloat16 matrix units "medium" only changes the library (MKL to oneDNN: 1.05 to
+    2.2 times as fast on AMD); on others it rounds to bfloat16. So it is kept if the error of small
+    products is that of float32: about 5e-7, in bfloat16 1e-3. Their time is not looked at: a run and
+    its resumption must choose alike.
 
     Returns:
         Whether "medium" is now set.

@@ -17,9 +17,9 @@ from mytune.errors import ConfigError, NumericalError
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale gradients down to `max_norm` and return the norm that they had: a float32 scalar.
 
-    None and inf clip nothing; the norm is computed all the same. In float32 it equals
-    `torch.nn.utils.clip_grad_norm_` bit for bit; of bfloat16 gradients it is summed in float32. Sharded
-    gradients count whole, so all ranks return the same. Does not wait for the device.
+    None and inf clip nothing; the norm is computed all the same. For float32 gradients this is
+    `torch.nn.utils.clip_grad_norm_` bit for bit; others are summed in float32. Sharded gradients
+    count whole, so all ranks return the same. Does not wait for the device.
     """
     if max_norm is not None and not max_norm > 0:
         raise ConfigError(f"clip_grad_norm is {max_norm}; it must be above 0, or null for none")
@@ -60,7 +60,7 @@ def check_finite(
     if not all(map(math.isfinite, values)):
         raise NumericalError(
             f"step {step}: loss is {values[0]}, grad_norm is {values[1]}"
-            f"{f' (samples: {samples})' if samples else ''}; the step was not taken and the last "
-            "checkpoint is as it was; try a lower optimizer.lr, clip_grad_norm=1.0, or look at these samples"
+            f"{f' (samples: {samples})' if samples else ''}; the step was not taken, the last "
+            "checkpoint stays; lower optimizer.lr, set clip_grad_norm=1.0, or look at these samples"
         )
     return values[0], values[1]

@@ -38,7 +38,7 @@ def get_cosine_schedule_with_warmup(
 def get_linear_schedule_with_warmup(
     optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
 ) -> LambdaLR:
-    """Rise linearly from 0 to the optimizer's lr, then fall linearly to 0 at the last step's end."""
+    """Rise linearly from 0 to the optimizer's lr, then fall linearly to 0 after the last step."""
     return _schedule(
         optimizer, num_warmup_steps, num_training_steps, lambda progress: 1 - progress, last_epoch
     )
@@ -60,7 +60,7 @@ def _schedule(
     after_warmup: Callable[[float], float],
     last_epoch: int,
 ) -> LambdaLR:
-    """Return the schedule whose factor is a ramp, then `after_warmup(progress)`, progress from 0 to 1."""
+    """Return a ramp and then `after_warmup(progress)`, progress going from 0 to 1."""
     for name, value, least in (
         ("num_warmup_steps", warmup, 0),
         ("num_training_steps", total, 1),
@@ -70,7 +70,7 @@ def _schedule(
             raise ConfigError(f"lr_scheduler: {name} is {value}; it must be at least {least}")
     if warmup >= total:
         log.warning(
-            "lr_scheduler: num_warmup_steps=%d, but the run has %d steps: the learning rate never reaches its peak",
+            "lr_scheduler.num_warmup_steps is %d and the run has %d steps: lr never reaches its peak",
             warmup,
             total,
         )

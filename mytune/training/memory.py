@@ -12,8 +12,9 @@ import torch
 def memory_stats(device: torch.device) -> dict[str, float]:
     """Return memory figures in GiB by metric name.
 
-    On cuda and xpu the peaks `peak_memory_active`, `_alloc` and `_reserved`; on mps, which keeps no peaks,
-    `memory_alloc` and `memory_reserved` now; on the CPU `peak_memory_rss`, the process's peak resident memory.
+    On cuda and xpu the peaks `peak_memory_active`, `_alloc` and `_reserved`; on mps, which keeps no
+    peaks, `memory_alloc` and `memory_reserved` now; on the CPU `peak_memory_rss`, the process's peak
+    resident memory.
     """
     if device.type in ("cuda", "xpu"):
         stats = torch.get_device_module(device).memory_stats(device)

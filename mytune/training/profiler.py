@@ -39,17 +39,20 @@ def setup_torch_profiler(
 ) -> profile | NoProfiler:
     """Return a context whose `step()` is called after each optimizer step.
 
-    After every cycle of waiting, warming up and recording it writes `trace_rank<r>_step<n>.json.gz` (for
-    chrome://tracing or ui.perfetto.dev) and a table of the costliest operations as `.txt`.
+    After every cycle of waiting, warming up and recording it writes a Chrome trace,
+    `trace_rank<r>_step<n>.json.gz`, and beside it a table of the costliest operations as `.txt`.
     """
     if not enabled:
         return NoProfiler()
-    steps = {"wait_steps": wait_steps, "warmup_steps": warmup_steps}
-    least = {"active_steps": active_steps, "num_cycles": num_cycles}
-    wrong = [f"{name} is {n}, at least 0" for name, n in steps.items() if n < 0]
-    wrong += [f"{name} is {n}, at least 1" for name, n in least.items() if n < 1]
-    if wrong:
-        raise ConfigError(f"profiler: it must be that {'; '.join(wrong)}")
+    limits = {
+        "wait_steps": (wait_steps, 0),
+        "warmup_steps": (warmup_steps, 0),
+        "active_steps": (active_steps, 1),
+        "num_cycles": (num_cycles, 1),
+    }
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise ConfigError(f"profiler.{name} is {value}; it must be at least {least}")
     first = wait_steps + warmup_steps + 1
     log.info(
         "profiling steps %d to %d; traces go to %s", first, first + active_steps - 1, output_dir
@@ -65,3 +68,27 @@ def setup_torch_profiler(
         record_shapes=record_shapes,
         with_flops=with_flops,
     )
+
+
+def _activities(cpu: bool, cuda: bool, xpu: bool) -> list[ProfilerActivity]:
+    """Return what to watch: what is asked for and there."""
+    wanted = (
+        (cpu, ProfilerActivity.CPU),
+        (cuda and torch.cuda.is_available(), ProfilerActivity.CUDA),
+        (xpu and torch.xpu.is_available(), ProfilerActivity.XPU),
+    )
+    activities = [activity for watch, activity in wanted if watch]
+    if not activities:
+        raise ConfigError("profiler has nothing to watch on this machine; set profiler.cpu=true")
+    return activities
+
+
+def _write(recorded: profile, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"trace_rank{rank()}_step{recorded.step_num}"
+    recorded.export_chrome_trace(f"{path}.json.gz")
+    on_device = any(a is not ProfilerActivity.CPU for a in recorded.activities or ())
+    order = "self_device_time_total" if on_device else "self_cpu_time_total"
+    table = recorded.key_averages().table(sort_by=order, row_limit=30)
+    Path(f"{path}.txt").write_text(table, encoding="utf-8")
+    log.info("profile: %s.json.gz (ui.perfetto.dev shows it) and %s.txt", path, path)

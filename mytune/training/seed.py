@@ -14,11 +14,19 @@ from mytune.errors import ConfigError
 
 log = logging.getLogger("mytune")
 
-_MODES: dict[str | int | None, int] = {None: 0, "default": 0, "warn": 1, "error": 2, 0: 0, 1: 1, 2: 2}
+_MODES: dict[str | int | None, int] = {
+    None: 0,
+    "default": 0,
+    "warn": 1,
+    "error": 2,
+    0: 0,
+    1: 1,
+    2: 2,
+}
 
 
 def set_seed(seed: int | None = None) -> int:
-    """Seed Python, numpy and torch; None draws a seed, the same for all ranks. Returns and logs it."""
+    """Seed Python, numpy and torch, log and return the seed; None draws one for all ranks."""
     if seed is None:
         seed = _agreed(random.SystemRandom().randrange(2**31))
         log.info("seed: %d (drawn; seed=%d repeats this run)", seed, seed)
@@ -43,7 +51,7 @@ def _agreed(seed: int) -> int:
 def seed_step(seed: int, step: int, rank: int = 0, device: torch.device | None = None) -> None:
     """Seed the CPU's and the device's generators for one step of one rank.
 
-    Dropout then depends on nothing but these numbers, so a resumed run needs no saved generator state.
+    Dropout then depends on these numbers alone: a resumed run needs no saved generator state.
     """
     value = _mix(_mix(_mix(seed) ^ step) ^ rank)
     # Not torch.manual_seed: it seeds every device of the machine and takes 100 times as long.
@@ -61,9 +69,9 @@ def _mix(value: int) -> int:
 
 
 def set_deterministic(mode: str | int | None) -> None:
-    """Choose deterministic kernels: None, "default" or 0 no; "warn" or 1 where possible; "error" or 2 always.
+    """Choose deterministic kernels: "default" (0, None) no, "warn" (1) where there are, "error" (2).
 
-    cuBLAS reads its workspace setting when CUDA starts, so call this before anything is on the device.
+    Call it before anything is on the device: cuBLAS reads its workspace setting when CUDA starts.
     """
     if mode not in _MODES:
         raise ConfigError(

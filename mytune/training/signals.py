@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """A context in which SIGTERM or Ctrl-C sets `requested`; a second one kills the process at once.
+    """A context in which SIGTERM or Ctrl-C sets `requested`, and a second one ends the process.
 
     Does nothing outside the main thread, where Python allows no handlers.
     """

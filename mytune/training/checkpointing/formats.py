@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -45,57 +44,62 @@ class Row:
         return tensor.unflatten(0, (heads, *halves)).transpose(1, 2).flatten(0, 2)
 
 
+class Table:
+    """Rows that can be looked up from either side."""
+
+    def __init__(self, *rows: Row) -> None:
+        self.rows = rows
+        self._by_ours = {row.ours: row for row in rows}
+        self._by_theirs = {row.theirs: row for row in rows}
+
+    def row(self, ours: str) -> Row:
+        """Return the row of our tensor."""
+        return self._by_ours[_pattern(ours)[0]]
+
+    def theirs(self, ours: str) -> str:
+        """Return their name of our tensor."""
+        return self.row(ours).theirs.format(_pattern(ours)[1])
+
+    def ours(self, theirs: str) -> str | None:
+        """Return our name of their tensor, or None if the table does not know it."""
+        pattern, layer = _pattern(theirs)
+        row = self._by_theirs.get(pattern)
+        return row.ours.format(layer) if row else None
+
+
 @dataclass(frozen=True)
 class Format:
     """How one kind of checkpoint names its tensors and its files.
 
     Attributes:
-        rows: the table.
+        checkpointer: the class that reads and writes it, for error messages.
         buffers: their tensors that are computed, not learned: not read, but written back as they came.
-        single: the name of a checkpoint in one file.
-        found: glob patterns of weight files, tried in this order where no index tells.
+        single: the file name of a checkpoint in one file.
+        several: the file name of file `i` (from 1) of `n`.
+        found: glob patterns of further weight files, tried in this order where no index tells.
         published: names that mean "what this run saved in epoch N", as torchtune's tutorials use them.
-        file_name: what file `i` (from 1) of `n` is called when we write it.
         parts: several files hold parts of every tensor (model parallel), not different tensors.
         needs: the file that must lie beside the weights.
     """
 
     name: str
-    rows: tuple[Row, ...]
+    checkpointer: str
+    table: Table
     single: str
+    several: str
     found: tuple[str, ...]
     published: str
-    file_name: str
     buffers: tuple[str, ...] = ()
     parts: bool = False
     needs: str | None = None
-    by_ours: Mapping[str, Row] = field(init=False, repr=False)
-    by_theirs: Mapping[str, Row] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "by_ours", {row.ours: row for row in self.rows})
-        object.__setattr__(self, "by_theirs", {row.theirs: row for row in self.rows})
+    def file_name(self, i: int, n: int) -> str:
+        """Return what we call file `i` (from 1) of `n`."""
+        return self.single if n == 1 else self.several.format(i=i, n=n, i0=i - 1)
 
-    def theirs(self, name: str) -> str | None:
-        """Return their name of our tensor, or None."""
-        row, layer = _lookup(self.by_ours, name)
-        return row and row.theirs.format(layer)
-
-    def ours(self, name: str) -> str | None:
-        """Return our name of their tensor, or None."""
-        row, layer = _lookup(self.by_theirs, name)
-        return row and row.ours.format(layer)
-
-    def row(self, name: str) -> Row:
-        """Return the row of our tensor."""
-        row, _ = _lookup(self.by_ours, name)
-        if row is None:
-            raise KeyError(name)
-        return row
-
-    def is_buffer(self, name: str) -> bool:
-        """Say whether their tensor is one that is computed, not learned."""
-        return _pattern(name)[0] in self.buffers
+    def is_buffer(self, theirs: str) -> bool:
+        """Say whether their tensor is computed, not learned."""
+        return _pattern(theirs)[0] in self.buffers
 
 
 def _pattern(name: str) -> tuple[str, str]:
@@ -106,11 +110,6 @@ def _pattern(name: str) -> tuple[str, str]:
     return f"{name[: number.start()]}{{}}{name[number.end() :]}", number.group()
 
 
-def _lookup(rows: Mapping[str, Row], name: str) -> tuple[Row | None, str]:
-    pattern, layer = _pattern(name)
-    return rows.get(pattern), layer
-
-
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of a decoder's parameters, in the model's order."""
     with torch.device("meta"):
@@ -119,7 +118,8 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 HF = Format(
     name="Hugging Face",
-    rows=(
+    checkpointer="FullModelHFCheckpointer",
+    table=Table(
         Row("embed_tokens.weight", "model.embed_tokens.weight"),
         Row("layers.{}.attn_norm.weight", "model.layers.{}.input_layernorm.weight"),
         Row("layers.{}.attn.q_proj.weight", "model.layers.{}.self_attn.q_proj.weight"),
@@ -135,15 +135,16 @@ HF = Format(
     ),
     buffers=("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"),
     single="model.safetensors",
+    several="model-{i:05d}-of-{n:05d}.safetensors",
     found=("model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"),
-    published=r"hf_model_\d+_(?P<epoch>\d+)\.(pt|safetensors)",
-    file_name="model-{i:05d}-of-{n:05d}.safetensors",
+    published=r"hf_model_\d+_(\d+)\.(?:pt|safetensors)",
     needs="config.json",
 )
 
 META = Format(
     name="Meta",
-    rows=(
+    checkpointer="FullModelMetaCheckpointer",
+    table=Table(
         Row("embed_tokens.weight", "tok_embeddings.weight"),
         Row("layers.{}.attn_norm.weight", "layers.{}.attention_norm.weight"),
         Row("layers.{}.attn.q_proj.weight", "layers.{}.attention.wq.weight", "num_heads"),
@@ -159,15 +160,16 @@ META = Format(
     ),
     buffers=("rope.freqs",),
     single="consolidated.00.pth",
+    several="consolidated.{i0:02d}.pth",
     found=("consolidated.[0-9][0-9].pth", "meta_model_*.pt"),
-    published=r"meta_model_(?P<epoch>\d+)\.pt",
-    file_name="consolidated.{i0:02d}.pth",
+    published=r"meta_model_(\d+)\.pt",
     parts=True,
 )
 
 TORCHTUNE = Format(
     name="torchtune",
-    rows=(
+    checkpointer="FullModelTorchTuneCheckpointer",
+    table=Table(
         Row("embed_tokens.weight", "tok_embeddings.weight"),
         Row("layers.{}.attn_norm.weight", "layers.{}.sa_norm.scale"),
         Row("layers.{}.attn.q_proj.weight", "layers.{}.attn.q_proj.weight", "num_heads"),
@@ -182,24 +184,23 @@ TORCHTUNE = Format(
         Row("lm_head.weight", "output.weight"),
     ),
     single="torchtune_model.pt",
-    found=("torchtune_model_*.pt", "model-*-of-*.bin"),
-    published=r"torchtune_model_(?P<epoch>\d+)\.pt",
-    file_name="torchtune_model-{i:05d}-of-{n:05d}.pt",
-)
-
-# PEFT wraps the Hugging Face model, so its rows follow from that table: every linear gains these.
-PEFT = Format(
-    name="PEFT",
-    rows=tuple(
-        Row(row.ours.replace(".weight", gain), "base_model.model." + row.theirs.replace(".weight", gain))
-        for row in HF.rows
-        if row.ours.endswith(("_proj.weight", "lm_head.weight"))
-        for gain in (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-    ),
-    single="adapter_model.safetensors",
-    found=(),
-    published=r"(?!)",
-    file_name="adapter_model.safetensors",
+    several="torchtune_model-{i:05d}-of-{n:05d}.pt",
+    found=("torchtune_model-*-of-*.pt", "torchtune_model_*.pt", "model-*-of-*.bin"),
+    published=r"torchtune_model_(\d+)\.pt",
 )
 
 FORMATS = (HF, META, TORCHTUNE)
+
+# PEFT wraps the Hugging Face model, so its rows follow from that table: every linear may gain these.
+_GAINS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+_LINEARS = [row for row in HF.table.rows if row.ours.endswith(("_proj.weight", "lm_head.weight"))]
+PEFT = Table(
+    *(
+        Row(
+            row.ours.removesuffix(".weight") + gain,
+            "base_model.model." + row.theirs.removesuffix(".weight") + gain,
+        )
+        for row in _LINEARS
+        for gain in _GAINS
+    )
+)

@@ -1,0 +1,55 @@
+"""Secrets kept out of logs, saved configs and errors: known by their key, by their value, by their shape."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+HIDDEN = "<redacted>"
+
+# Not every `*_token` is a secret: `eos_token`, `pad_token`, `max_new_tokens` are a tokenizer's.
+_NAME = (
+    r"(?:\w*_)?(?:(?:hf|hub|auth|access|api|bearer|refresh|session|github|wandb|comet|mlflow)_?token"
+    r"|(?:api|access|private|secret|auth|wandb|comet)_?key|secret|pass(?:word|wd|phrase)|credentials?)|token"
+)
+_KEY = re.compile(_NAME, re.IGNORECASE)
+_ASSIGNED = re.compile(
+    rf"(?<!\w)((?:{_NAME})['\"]?\s*(?:=\s*|:\s*(?=['\"])))(?!['\"]?\$\{{)('[^']*'|\"[^\"]*\"|[^\s,}}'\"]+)",
+    re.IGNORECASE,
+)
+_SHAPE = re.compile(r"\bhf_\w{16,}|\bsk-[\w-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_VARIABLE = re.compile(r"(?:\w*_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|(?:API|ACCESS|SECRET)_?KEY)")
+
+
+def redact(value: Any) -> Any:
+    """Return `value` (text, or plain mappings and lists of it) with every secret replaced.
+
+    A secret is what stands under a key like `token` or `api_key`, what an environment variable like `HF_TOKEN`
+    holds, and what looks like a token or a password in a URL. `${...}` stays: it holds no secret.
+    """
+    return _redact(value, _environment_secrets())
+
+
+def _redact(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {k: HIDDEN if _is_secret(k, v) else _redact(v, secrets) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_redact(each, secrets) for each in value]
+    if not isinstance(value, str):
+        return value
+    for secret in secrets:
+        value = value.replace(secret, HIDDEN)
+    return _ASSIGNED.sub(rf"\g<1>{HIDDEN}", _SHAPE.sub(HIDDEN, value))
+
+
+def _is_secret(key: object, value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        return False
+    return bool(_KEY.fullmatch(str(key))) and not str(value).startswith("${")
+
+
+def _environment_secrets() -> list[str]:
+    """Return the values of variables named like secrets, longest first; short ones would hide ordinary words."""
+    found = [v for k, v in os.environ.items() if len(v) >= 8 and _VARIABLE.fullmatch(k)]
+    return sorted(found, key=len, reverse=True)

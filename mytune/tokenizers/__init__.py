@@ -1,0 +1,27 @@
+"""Text and conversations to token ids, and back; prompt templates."""
+
+from mytune.tokenizers.base import ModelTokenizer, StreamDecoder
+from mytune.tokenizers.llama3 import Llama3Tokenizer, llama3_tokenizer
+from mytune.tokenizers.messages import Message, Role, validate_messages
+from mytune.tokenizers.templates import (
+    ChatMLTemplate,
+    GrammarErrorCorrectionTemplate,
+    PromptTemplate,
+    QuestionAnswerTemplate,
+    SummarizeTemplate,
+)
+
+__all__ = [
+    "ChatMLTemplate",
+    "GrammarErrorCorrectionTemplate",
+    "Llama3Tokenizer",
+    "Message",
+    "ModelTokenizer",
+    "PromptTemplate",
+    "QuestionAnswerTemplate",
+    "Role",
+    "StreamDecoder",
+    "SummarizeTemplate",
+    "llama3_tokenizer",
+    "validate_messages",
+]

@@ -1,0 +1,196 @@
+"""Files: which may be read, and how bytes are written so that they are hashed once and stay on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mytune.errors import CheckpointError
+
+_MAX_JSON_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor before it is read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of a file."""
+
+    size: int
+    sha256: str
+    tensors: Mapping[str, TensorSpec] = field(default_factory=dict)
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A file of tensors that are read when asked for, from mapped memory.
+
+    Writing into such a tensor changes memory only, never the file.
+    """
+
+    path: Path
+    specs: Mapping[str, TensorSpec]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def inside(directory: Path, name: str) -> Path:
+    """Return `directory / name` if that lies in the directory, else raise CheckpointError.
+
+    Links are followed only within the directory, and from a snapshot of the Hugging Face cache to the
+    blobs beside it (`snapshots/<revision>/config.json -> ../../blobs/<hash>`).
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{name!r} is not the name of a file inside {directory}")
+    path = directory.joinpath(*parts)
+    home, real = directory.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs"
+    if not (
+        real.is_relative_to(home)
+        or (home.parent.name == "snapshots" and real.is_relative_to(blobs))
+    ):
+        raise CheckpointError(
+            f"{path} leads out of its directory, to {real}; "
+            "give the directory that holds the file, or copy the file here"
+        )
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of bounded size."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES:,} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """Return a JSON object as we write it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file's content as it is on the disk, not as the page cache remembers it."""
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class HashedFile:
+    """A new file that hashes what is written; it only ever grows, so what writes it need not seek."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._hash.update(data)
+        self._file.write(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def discard(self) -> None:
+        """Close a file that will not be kept; a full disk must not hide the error that led here."""
+        try:
+            self._file.close()
+        except OSError:
+            self._file.raw.close()
+
+    def finish(self, tensors: Mapping[str, TensorSpec] | None = None) -> FileRecord:
+        """Put everything on the disk and return what the manifest says of the file."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(self.size, self._hash.hexdigest(), tensors or {})
+
+
+class TensorWriter:
+    """Writes a file of tensors, one at a time in `order`; `record` is there when the block has ended."""
+
+    record: FileRecord
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self.specs = specs
+        self.order = list(specs)
+        self.file = HashedFile(path)
+        self._written = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Write the next tensor; it must be what was announced."""
+        name = self.order[self._written]
+        spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
+        if spec != self.specs[name]:
+            raise ValueError(f"{name} is {spec}, but was announced as {self.specs[name]}")
+        self._write(name, tensor_bytes(tensor))
+        self._written += 1
+
+    def _write(self, name: str, data: memoryview) -> None:
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Write what follows the last tensor."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.file.discard()
+            return
+        if self._written != len(self.order):
+            raise ValueError(f"{self._written} of {len(self.order)} tensors were written")
+        self._end()
+        self.record = self.file.finish(self.specs)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's content in row-major order; a copy only where it has to be one."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())

@@ -1,0 +1,300 @@
+"""Metric loggers: where the numbers of a run go, to a file, the screen or a tracker.
+
+All have the same methods and write on rank 0 only. Trackers are optional packages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from mytune.errors import ResourceError
+from mytune.training.distributed import rank
+
+Scalar = Tensor | float
+
+
+class MetricLogger:
+    """What every metric logger can do. A kind of logger defines `_write` and what else it needs."""
+
+    def log(self, name: str, value: Scalar, step: int) -> None:
+        """Log one number."""
+        self.log_dict({name: value}, step)
+
+    def log_dict(self, payload: Mapping[str, Scalar], step: int) -> None:
+        """Log numbers of one step, by name."""
+        if rank() == 0:
+            self._write({name: float(value) for name, value in payload.items()}, step)
+
+    def log_config(self, config: str) -> None:
+        """Keep the run's config, a YAML text; secrets are redacted."""
+        if rank() == 0:
+            from mytune.config import redact
+
+            self._write_config(redact(config))
+
+    def resume_at(self, step: int) -> None:
+        """Forget what was logged after `step`, where that is possible; 0 starts over."""
+
+    def close(self) -> None:
+        """Finish writing."""
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        raise NotImplementedError
+
+    def _write_config(self, config: str) -> None:
+        pass
+
+
+class MetricLoggers(MetricLogger):
+    """Several loggers as one."""
+
+    def __init__(self, loggers: Sequence[MetricLogger]) -> None:
+        self.loggers = list(loggers)
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        for logger in self.loggers:
+            logger.log_dict(values, step)
+
+    def log_config(self, config: str) -> None:
+        for logger in self.loggers:
+            logger.log_config(config)
+
+    def resume_at(self, step: int) -> None:
+        for logger in self.loggers:
+            logger.resume_at(step)
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()
+
+
+class DiskLogger(MetricLogger):
+    """Writes `log_dir/filename`: one JSON object per logged step, keyed by `step` and metric names.
+
+    NaN and infinity become null. Each line is on its way to the disk before training goes on.
+    """
+
+    def __init__(self, log_dir: str, filename: str = "metrics.jsonl") -> None:
+        self.path = Path(log_dir) / filename
+        if rank() == 0:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def _write_config(self, config: str) -> None:
+        write_atomic(self.path.with_name("config.yaml"), config.encode())
+
+    def resume_at(self, step: int) -> None:
+        if rank() == 0 and self.path.exists():
+            kept = [line for line in self.path.read_bytes().splitlines() if _step(line) <= step]
+            write_atomic(self.path, b"".join(line + b"\n" for line in kept))
+
+
+def _step(line: bytes) -> float:
+    """Return a line's step; a line cut short by a kill counts as after all steps."""
+    with suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"])
+    return math.inf
+
+
+class StdoutLogger(MetricLogger):
+    """Prints one line per logged step."""
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        tqdm.write(f"step {step} | {' '.join(f'{name}:{v:.6g}' for name, v in values.items())}")
+
+
+class TensorBoardLogger(MetricLogger):
+    """Writes TensorBoard events into `log_dir`; a resumed run continues its curves there."""
+
+    def __init__(self, log_dir: str) -> None:
+        self.log_dir = log_dir
+        _tracker("tensorboard")
+        self._first_step: int | None = None
+
+    @cached_property
+    def _writer(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.log_dir, purge_step=self._first_step)  # type: ignore[no-untyped-call]
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, global_step=step)
+
+    def _write_config(self, config: str) -> None:
+        self._writer.add_text("config", f"```yaml\n{config}\n```")
+
+    def resume_at(self, step: int) -> None:
+        self._first_step = step + 1
+
+    def close(self) -> None:
+        if "_writer" in vars(self):
+            self._writer.close()
+
+
+class WandBLogger(MetricLogger):
+    """Logs to Weights & Biases; further arguments go to `wandb.init`.
+
+    Steps are the metric `global_step`. To continue a run on resume give `id` and `resume: allow`.
+    """
+
+    def __init__(
+        self,
+        project: str = "mytune",
+        entity: str | None = None,
+        group: str | None = None,
+        log_dir: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        wandb = _tracker("wandb")
+        self._run: Any = None
+        if rank() == 0:
+            with _starting("wandb", "log in with `wandb login`, or set WANDB_MODE=offline"):
+                if log_dir:
+                    Path(log_dir).mkdir(parents=True, exist_ok=True)
+                self._run = wandb.init(
+                    project=project, entity=entity, group=group, dir=log_dir, **kwargs
+                )
+                self._run.define_metric("*", step_metric="global_step")
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        self._run.log({**values, "global_step": step})
+
+    def _write_config(self, config: str) -> None:
+        self._run.config.update(yaml.safe_load(config), allow_val_change=True)
+
+    def close(self) -> None:
+        if self._run:
+            self._run.finish()
+
+
+class CometLogger(MetricLogger):
+    """Logs to Comet; further arguments (workspace, project, online, ...) go to `comet_ml.start`.
+
+    The key is best left to COMET_API_KEY or `comet login`. Code is uploaded only with `log_code`.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str | None = None,
+        tags: list[str] | None = None,
+        log_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        comet = _tracker("comet_ml", "comet")
+        self._experiment: Any = None
+        if rank() == 0:
+            with _starting("comet", "set COMET_API_KEY, or pass online: false"):
+                config = comet.ExperimentConfig(name=experiment_name, tags=tags, log_code=log_code)
+                self._experiment = comet.start(experiment_config=config, **kwargs)
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        self._experiment.log_metrics(values, step=step)
+
+    def _write_config(self, config: str) -> None:
+        self._experiment.log_asset_data(config, name="config.yaml")
+
+    def close(self) -> None:
+        if self._experiment:
+            self._experiment.end()
+
+
+class MLFlowLogger(MetricLogger):
+    """Logs to MLflow, at `tracking_uri` or MLFLOW_TRACKING_URI; `run_id` continues a run."""
+
+    def __init__(
+        self,
+        experiment_name: str | None = None,
+        tracking_uri: str | None = None,
+        run_id: str | None = None,
+        run_name: str | None = None,
+    ) -> None:
+        self._mlflow = _tracker("mlflow")
+        if rank() == 0:
+            with _starting("mlflow", "check tracking_uri or MLFLOW_TRACKING_URI"):
+                if tracking_uri:
+                    self._mlflow.set_tracking_uri(tracking_uri)
+                if experiment_name:
+                    self._mlflow.set_experiment(experiment_name)
+                self._mlflow.start_run(run_id=run_id, run_name=run_name)
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        self._mlflow.log_metrics(values, step=step)
+
+    def _write_config(self, config: str) -> None:
+        self._mlflow.log_text(config, "config.yaml")
+
+    def close(self) -> None:
+        if rank() == 0:
+            self._mlflow.end_run()
+
+
+def _tracker(module: str, extra: str | None = None) -> Any:
+    """Import an optional package.
+
+    Raises:
+        ResourceError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ResourceError(
+            f"metric_logger needs the package {module}, which is not installed ({error}); "
+            f"run: pip install 'mytune[{extra or module}]'"
+        ) from error
+
+
+@contextmanager
+def _starting(tracker: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a tracker raises at its start into an error with a remedy."""
+    try:
+        yield
+    except Exception as error:
+        raise ResourceError(f"metric_logger: {tracker} did not start: {error}; {remedy}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write into a ResourceError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror}; free space, or choose another output_dir"
+        ) from error
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file such that it is at every moment the old one or the new one."""
+    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with writing(path):
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a DiskLogger's file; none if there is no such file."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines()
+    return [json.loads(line) for line in lines if _step(line) < math.inf]
