@@ -12,22 +12,29 @@ Copy it with `tune cp lora_finetune_single_device my_recipe.py` and change what 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mytune.config import Component, Components, component, instantiate
-from mytune.datasets import BatchLoader, ConcatDataset, count_targets
-from mytune.errors import ConfigError, StoppedEarly
-from mytune.modules import adapter_config, adapter_state, merged_weights, target_index
+from mytune.datasets import Batch, BatchLoader, ConcatDataset, count_targets
+from mytune.errors import StoppedEarly
+from mytune.modules import (
+    Decoder,
+    adapter_config,
+    adapter_state,
+    merged_weights,
+    target_index,
+)
 from mytune.training import (
+    ProgressBar,
+    Published,
     StopSignal,
     all_sum,
     check_finite,
-    check_finite_weights,
     checkpoint_activations,
     clip_grad_norm,
     compile_blocks,
@@ -40,17 +47,19 @@ from mytune.training import (
     load_weights,
     log,
     memory_stats,
+    metric_loggers,
     offload_activations,
-    open_run_directory,
     optimizer_state,
-    progress_bar,
+    own_output_dirs,
     rank,
     seed_step,
     set_deterministic,
     set_seed,
     setup_logging,
-    write_report,
+    setup_torch_profiler,
+    use_fast_float32_matmul,
     world_size,
+    write_report,
 )
 
 # What the recipe itself hands to a component, so that a config need not.
@@ -105,8 +114,10 @@ class Config:
     max_steps_per_epoch: int | None = None
     # Any torch optimizer; it gets the parameters that train.
     optimizer: Component = component("torch.optim.AdamW", lr=2e-5, fused=True)
-    # Schedule of the learning rate; constant if not given.
-    lr_scheduler: Component | None = None
+    # Schedule of the learning rate, by default constant.
+    lr_scheduler: Component = component(
+        "mytune.training.lr_schedulers.get_constant_schedule_with_warmup", num_warmup_steps=0
+    )
     # Loss, called with model and batch; the sum over trained tokens.
     loss: Component = component("mytune.modules.loss.LinearCrossEntropyLoss")
     # Largest gradient norm; longer gradients are scaled down to it.
@@ -147,14 +158,235 @@ def main(cfg: Config) -> None:
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
     set_deterministic(cfg.cudnn_deterministic_mode)
+    use_fast_float32_matmul(device)
     checkpointer = instantiate(cfg.checkpointer)
-    with run_directory(cfg.output_dir, checkpointer, cfg.overwrite_output_dir):
-        resumed = checkpointer.latest() if cfg.resume_from_checkpoint else None
-        state = resumed.state if resumed else {}
-        seed = state["seed"] if resumed else set_seed(cfg.seed)
 
+    with ExitStack() as stack:
+        stack.enter_context(own_output_dirs(cfg, checkpointer))
+        stop = stack.enter_context(StopSignal())
+        resumed = checkpointer.latest() if cfg.resume_from_checkpoint else None
+        seed = set_seed(resumed.state["seed"] if resumed else cfg.seed)
+        step = resumed.step if resumed else 0
+
+        # Data before weights: it is quicker to be found wrong.
         tokenizer = instantiate(cfg.tokenizer)
-        train_data = load_dataset(cfg.dataset, tokenizer)
-        val_data = load_dataset(cfg.dataset_val, tokenizer)
+        loader = make_loader(cfg, cfg.dataset, tokenizer, seed)
+        val_loader = make_val_loader(cfg, tokenizer)
+        if resumed:
+            check_same_steps(resumed, loader)
+        total_steps = cfg.epochs * loader.steps_per_epoch
 
         model = load_model(cfg, checkpointer, resumed, device, dtype, seed)
+        optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
+        if resumed:
+            load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
+        lr_scheduler = instantiate(
+            cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=step - 1
+        )
+        loss_fn = instantiate(cfg.loss)
+        logger = metric_loggers(instantiate(cfg.metric_logger), resume_at=step)
+        logger.log_config(cfg)
+        progress = stack.enter_context(ProgressBar(total_steps, done=step))
+        profiler = stack.enter_context(instantiate(cfg.profiler) or NoProfiler())
+
+        model.train()
+        started = lap = time.perf_counter()
+        trained_tokens = 0
+        for epoch, micro_batches in remaining_steps(loader, step, cfg.epochs):
+            seed_step(seed, step, rank(), device)
+            tokens = int(all_sum(count_targets(micro_batches), device))
+            loss = torch.zeros((), device=device)
+            for batch in micro_batches:
+                with offload_activations(cfg.enable_activation_offloading, device):
+                    part = loss_fn(model, to_device(batch, device)) / max(tokens, 1)
+                part.backward()
+                loss += part.detach()
+            grad_norm = clip_grad_norm(model.parameters(), cfg.clip_grad_norm)
+            metrics = check_finite(loss, grad_norm, step=step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+            metrics["lr"] = get_lr(optimizer)
+            lr_scheduler.step()
+            step += 1
+            trained_tokens += tokens
+            seconds = time.perf_counter() - lap
+            metrics["tokens_per_second_per_gpu"] = tokens / seconds / world_size()
+            if cfg.log_peak_memory_stats:
+                metrics |= memory_stats(device)
+
+            epoch_ends = step % loader.steps_per_epoch == 0
+            if val_loader and is_due(step, cfg.run_val_every_n_steps, epoch_ends):
+                metrics["val_loss"] = validate(model, loss_fn, val_loader, device)
+                log.info("step %d: val_loss %.4f", step, metrics["val_loss"])
+            if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics:
+                logger.log_dict(metrics, step)
+            progress.update(step, metrics["loss"], metrics["tokens_per_second_per_gpu"])
+            profiler.step()
+
+            if epoch_ends or stop.requested or is_due(step, cfg.save_every_n_steps, False):
+                name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
+                save(name, cfg, checkpointer, model, optimizer, loader, step, seed, dtype)
+            if stop.requested:
+                break
+            lap = time.perf_counter()
+
+        logger.close()
+        written = write_report(
+            cfg.output_dir,
+            steps=step,
+            tokens=trained_tokens,
+            seconds=time.perf_counter() - started,
+            parameters=count_parameters(model),
+            device=device,
+        )
+        for what, path in written.items():
+            log.info("%s: %s", what, path)
+        if step < total_steps:
+            raise StoppedEarly(
+                f"stopped at step {step} of {total_steps}, saved; "
+                "to go on, run the same command with resume_from_checkpoint=True"
+            )
+
+
+def make_loader(
+    cfg: Config, dataset: Components, tokenizer: ModelTokenizer, seed: int
+) -> BatchLoader:
+    """Tokenize the data and lay out every epoch's batches."""
+    data = load_data(dataset, tokenizer)
+    loader = BatchLoader(
+        data,
+        batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        seed=seed,
+        shuffle=cfg.shuffle,
+        pad_id=tokenizer.pad_id,
+        rank=rank(),
+        world_size=world_size(),
+        max_steps_per_epoch=cfg.max_steps_per_epoch,
+    )
+    log.info("data: %s; %d steps per epoch", data.stats, loader.steps_per_epoch)
+    return loader
+
+
+def make_val_loader(cfg: Config, tokenizer: ModelTokenizer) -> BatchLoader | None:
+    """Lay out the validation rows, always in the same order."""
+    if cfg.dataset_val is None:
+        return None
+    return BatchLoader(
+        load_data(cfg.dataset_val, tokenizer),
+        batch_size=cfg.batch_size_val or cfg.batch_size,
+        gradient_accumulation_steps=1,
+        seed=0,
+        shuffle=False,
+        pad_id=tokenizer.pad_id,
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
+def load_data(dataset: Components, tokenizer: ModelTokenizer) -> TokenDataset:
+    """Build a dataset, or several one after the other."""
+    nodes = dataset if isinstance(dataset, list) else [dataset]
+    return ConcatDataset([instantiate(node, tokenizer) for node in nodes])
+
+
+def check_same_steps(resumed: Published, loader: BatchLoader) -> None:
+    """Refuse to resume over data or batch sizes that would make step n another step."""
+    was = resumed.state["steps_per_epoch"], resumed.state["data"]
+    if was != (loader.steps_per_epoch, loader.dataset.fingerprint):
+        raise ConfigError(
+            f"{resumed.path} was trained on other data or other batches: "
+            f"{was[0]} steps per epoch, now {loader.steps_per_epoch}; resume with the dataset, tokenizer, "
+            "batch_size, gradient_accumulation_steps and max_steps_per_epoch it had, or start a new run "
+            f"with checkpointer.checkpoint_dir={resumed.path}"
+        )
+
+
+def load_model(
+    cfg: Config,
+    checkpointer: Any,
+    resumed: Published | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> Decoder:
+    """Build the model without memory, prepare it, then fill it tensor by tensor."""
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    checkpoint_activations(model, cfg.enable_activation_checkpointing)
+    compile_blocks(model, cfg.compile)
+    adapters = bool(adapter_state(model))
+    source = resumed if resumed and not adapters else checkpointer
+    load_weights(model, source.weights(model.config), device, dtype)
+    load_adapters(model, (resumed or checkpointer).adapter(), device, seed)
+    log.info("parameters: {:,} in all, {:,} trained".format(*count_parameters(model)))
+    return model
+
+
+def remaining_steps(
+    loader: BatchLoader, step: int, epochs: int
+) -> Iterator[tuple[int, list[Batch]]]:
+    """Yield the epoch and the micro-batches of every optimizer step after `step`."""
+    first, done = divmod(step, loader.steps_per_epoch)
+    for epoch in range(first, epochs):
+        for micro_batches in loader.steps(epoch, start=done if epoch == first else 0):
+            yield epoch, micro_batches
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch, and with it the places of its trained tokens, so that the device need not look."""
+    batch = {**batch, "target_index": target_index(batch["labels"])}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def is_due(step: int, every: int | None, otherwise: bool) -> bool:
+    """Say whether something that happens `every` n steps happens at this one."""
+    return step % every == 0 if every else otherwise
+
+
+@torch.no_grad()
+def validate(
+    model: Decoder, loss_fn: Any, loader: BatchLoader, device: torch.device
+) -> float:
+    """Return the loss per trained token of the validation rows."""
+    model.eval()
+    loss = torch.zeros((), device=device)
+    tokens = 0
+    for micro_batches in loader.steps(epoch=0):
+        tokens += count_targets(micro_batches)
+        for batch in micro_batches:
+            loss += loss_fn(model, to_device(batch, device))
+    model.train()
+    return all_sum(loss.item(), device) / max(all_sum(tokens, device), 1)
+
+
+def save(
+    name: str,
+    cfg: Config,
+    checkpointer: Any,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    loader: BatchLoader,
+    step: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> None:
+    """Publish a checkpoint: weights to use, adapter, and what resuming needs."""
+    check_finite_weights(model)
+    adapter = adapter_state(model)
+    tensors, optimizer_json = optimizer_state(model, optimizer)
+    checkpointer.save(
+        name,
+        step=step,
+        weights=None if adapter and cfg.save_adapter_weights_only else merged_weights(model),
+        dtype=dtype,
+        adapter=adapter or None,
+        adapter_config=adapter_config(model),
+        tensors=tensors,
+        state={
+            "seed": seed,
+            "steps_per_epoch": loader.steps_per_epoch,
+            "data": loader.dataset.fingerprint,
+            "optimizer": optimizer_json,
+        },
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 KEY = "_component_"
@@ -24,3 +25,18 @@ def component(path: str, **arguments: Any) -> Component:
 
 def dotted(path: Path) -> str:
     return ".".join(path)
+
+
+def children(node: Any) -> list[tuple[str, Any]]:
+    """Return the keys (or indices, as text) and values of a mapping or list; nothing for a scalar."""
+    if isinstance(node, dict):
+        return list(node.items())
+    return [(str(i), item) for i, item in enumerate(node)] if isinstance(node, list) else []
+
+
+def components(node: Any, path: Path = ()) -> Iterator[tuple[Path, Component]]:
+    """Yield every component in plain values, outer ones first, with its key."""
+    if isinstance(node, dict) and KEY in node:
+        yield path, node
+    for key, child in children(node):
+        yield from components(child, (*path, key))

@@ -125,6 +125,11 @@ class NF4Linear(nn.Module):
             the dtype of the input.
     """
 
+    codes: nn.Parameter
+    scales: nn.Parameter
+    steps: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -150,11 +155,6 @@ class NF4Linear(nn.Module):
             self.register_parameter(
                 name, nn.Parameter(empty, requires_grad=False) if wanted else None
             )
-
-    codes: nn.Parameter
-    scales: nn.Parameter
-    steps: nn.Parameter
-    bias: nn.Parameter | None
 
     @torch.no_grad()
     def quantize_(self, weight: Tensor) -> None:
@@ -210,8 +210,8 @@ def apply_nf4(model: nn.Module, skip: Collection[str] = ("lm_head",)) -> None:
 def _quantized(linear: nn.Linear) -> NF4Linear:
     """Return a linear's quantized twin."""
     weight, bias = linear.weight, linear.bias
-    wide, tall = linear.in_features, linear.out_features
-    twin = NF4Linear(wide, tall, bias is not None, "meta", weight.dtype)
+    sizes = linear.in_features, linear.out_features
+    twin = NF4Linear(*sizes, bias is not None, "meta", weight.dtype)
     if not weight.is_meta:
         twin.quantize_(weight)
     if bias is not None:

@@ -1,4 +1,4 @@
-"""Tokenizer files: Meta's tiktoken ranks and Hugging Face's `tokenizer.json`, found and read."""
+"""Tokenizer files found and read: Meta's tiktoken ranks, Hugging Face's `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mytune.errors import CheckpointError, ConfigError, ResourceError
 PLACES = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
 
 _WRONG_FILES = {
-    rb"\n.\n.<": "a SentencePiece model (Llama 2's format); Llama 3 needs the tiktoken file of its own repository",
-    rb"version https://git-lfs": "a Git LFS pointer, not the file it points at; download the file itself",
+    rb"\n.\n.<": "a SentencePiece model, as Llama 2 has; Llama 3's own tokenizer.model is needed",
+    rb"version https://git-lfs": "a Git LFS pointer; download the file that it points at",
     rb"\s*<": "an HTML or XML page, not a tokenizer; download the file again",
 }
 
@@ -32,13 +32,13 @@ class Vocabulary:
     Args:
         encode: text to ids; special tokens in the text are text.
         tokens: id -> bytes of every id that `encode` can return.
-        special_tokens: name -> id; empty for a tiktoken file, which does not hold them.
+        special_tokens: name -> id; None for a tiktoken file, which does not hold them.
         digest: sha256 of the file.
     """
 
     encode: Callable[[str], list[int]]
     tokens: dict[int, bytes]
-    special_tokens: dict[str, int]
+    special_tokens: dict[str, int] | None
     digest: str
 
 
@@ -49,9 +49,8 @@ def find_tokenizer(path: str | Path) -> Path:
     found = [folder / place for place in PLACES if (folder / place).is_file()]
     if given.is_file() or (given.is_dir() and found):
         return given if given.is_file() else found[0]
-    raise ConfigError(
-        f"no tokenizer file at {str(given)!r}; {_what_is_there(folder, found)}; change tokenizer.path"
-    )
+    there = _what_is_there(folder, found)
+    raise ConfigError(f"no tokenizer file at {str(given)!r}; {there}; change tokenizer.path")
 
 
 def read_vocabulary(path: Path, pattern: str) -> Vocabulary:
@@ -75,7 +74,8 @@ def read_special_tokens(path: str | Path) -> dict[str, int]:
         return {token["content"]: int(token["id"]) for token in added if token.get("special", True)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is not a tokenizer.json with 'added_tokens' ({error!r}); change tokenizer.special_tokens_path"
+            f"{path} is not a tokenizer.json with 'added_tokens' ({error!r}); "
+            "change tokenizer.special_tokens_path"
         ) from error
 
 
@@ -83,7 +83,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ConfigError(f"tokenizer file {str(path)!r} does not exist") from error
+        raise ConfigError(
+            f"no file at {str(path)!r}; change tokenizer.special_tokens_path"
+        ) from error
     except OSError as error:
         raise ResourceError(
             f"cannot read tokenizer file {str(path)!r}: {error.strerror}"
@@ -97,21 +99,22 @@ def _what_is_there(folder: Path, found: list[Path]) -> str:
         return f"did you mean {str(found[0])!r}?"
     names = sorted(entry.name for entry in folder.iterdir())
     listing = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "nothing"
-    return f"{str(folder)!r} holds {listing} (Hugging Face repositories keep it at original/tokenizer.model)"
+    usual = "Hugging Face repositories keep it at original/tokenizer.model"
+    return f"{str(folder)!r} holds {listing} ({usual})"
 
 
 # --- Meta's tiktoken file: a line per token, "base64 rank"; the rank is the id ---
 
 
 def _read_tiktoken(path: Path, data: bytes, pattern: str) -> Vocabulary:
-    lines = [line for line in data.splitlines() if line]
+    lines = data.splitlines()
     try:
         ranks = dict(map(_token_and_rank, lines))
     except ValueError:
         ranks = {}
     tokens = {rank: token for token, rank in ranks.items()}
     if not lines or tokens.keys() != set(range(len(lines))):
-        raise CheckpointError(f"{path}{_first_fault(data)}")
+        raise CheckpointError(f"{path}{_first_fault(lines)}")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise CheckpointError(
             f"{path} lacks tokens for {len(missing)} single bytes, the first {missing[0]:#04x}"
@@ -119,7 +122,7 @@ def _read_tiktoken(path: Path, data: bytes, pattern: str) -> Vocabulary:
     encoding = tiktoken.Encoding(
         path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
     )
-    return Vocabulary(encoding.encode_ordinary, tokens, {}, hashlib.sha256(data).hexdigest())
+    return Vocabulary(encoding.encode_ordinary, tokens, None, hashlib.sha256(data).hexdigest())
 
 
 def _token_and_rank(line: bytes) -> tuple[bytes, int]:
@@ -127,23 +130,19 @@ def _token_and_rank(line: bytes) -> tuple[bytes, int]:
     return a2b_base64(token, strict_mode=True), int(rank)
 
 
-def _first_fault(data: bytes) -> str:
-    """Say which line makes the file useless: the slow path, taken only for a file known to be bad."""
-    lines = data.splitlines()
-    count = sum(map(bool, lines))
+def _first_fault(lines: list[bytes]) -> str:
+    """Say which line makes the file useless; slow, for a file that is known to be bad."""
     ids: set[int] = set()
     tokens: set[bytes] = set()
     for number, line in enumerate(lines, 1):
-        if not line:
-            continue
         try:
             token, rank = _token_and_rank(line)
         except ValueError:
-            return f":{number} is {line[:40]!r}; a line of a tiktoken file is a base64 token and its rank"
+            return f":{number} is {line[:40]!r}, not tiktoken's base64 token and its rank"
         if rank in ids or token in tokens:
             return f":{number} repeats a token or rank of an earlier line: {line[:40]!r}"
-        if not 0 <= rank < count:
-            return f":{number} has rank {rank}; the ranks of {count} tokens are 0 to {count - 1}"
+        if not 0 <= rank < len(lines):
+            return f":{number} has rank {rank}; {len(lines)} lines have ranks below {len(lines)}"
         ids.add(rank)
         tokens.add(token)
     return " is empty"
@@ -161,7 +160,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _read_json(path: Path, data: bytes) -> Vocabulary:
-    from tokenizers import Tokenizer  # 0.1 s, and a tiktoken file does not need it
+    from tokenizers import Tokenizer  # not needed for a tiktoken file
 
     try:
         tokenizer = Tokenizer.from_buffer(data)

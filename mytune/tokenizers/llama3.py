@@ -1,7 +1,7 @@
 """Llama 3's tokenizer: special tokens, ids and chat format, exactly Meta's.
 
-Source: Meta's reference, https://github.com/meta-llama/llama-models (`models/llama3/tokenizer.py`), and the dialog
-format of https://github.com/meta-llama/llama3 (`ChatFormat`, which strips the content of messages).
+Sources: `models/llama3/tokenizer.py` of https://github.com/meta-llama/llama-models; `ChatFormat` of
+https://github.com/meta-llama/llama3, which strips the content of messages.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -47,7 +48,6 @@ SPECIAL_TOKENS = (
     "<|image|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
 )
-_RESERVED = "<|reserved_special_token_"
 
 # tiktoken overflows its stack on longer inputs; where Meta cuts them is part of the ids.
 _MAX_CHARS = 400_000
@@ -131,7 +131,7 @@ class Llama3Tokenizer:
     def tokenize_messages(
         self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Return the ids of a conversation and, for each, whether it is masked (True = not trained).
+        """Return the ids of a conversation and, for each, True if it is masked (not trained).
 
         What is trained of a message that is not masked is its content and its end token, never its
         header. `add_generation_prompt` appends the header of the assistant's answer.
@@ -148,7 +148,7 @@ class Llama3Tokenizer:
         return tokens, mask
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a call: a pickled `tokenizers.Tokenizer` forgets that special tokens are text."""
+        """Pickle as a call: a `tokenizers.Tokenizer` forgets that special tokens are text."""
         return type(self), self._arguments
 
     def _header(self, role: str) -> list[int]:
@@ -166,7 +166,7 @@ class Llama3Tokenizer:
             return self._tokens[token_id]
         except KeyError as error:
             raise CheckpointError(
-                f"token id {token_id} is not in the vocabulary of {self.path} ({self.vocab_size} ids): "
+                f"token id {token_id} is not among the {self.vocab_size} of {self.path}: "
                 "model and tokenizer do not belong together; change tokenizer.path"
             ) from error
 
@@ -203,18 +203,19 @@ def _cuts_in_runs(chunk: str) -> Iterator[int]:
 def _special_tokens(vocabulary: Vocabulary, path: str | Path | None) -> dict[str, int]:
     if path:
         return read_special_tokens(path)
-    base = len(vocabulary.tokens)
-    return vocabulary.special_tokens or {name: base + i for i, name in enumerate(SPECIAL_TOKENS)}
+    if vocabulary.special_tokens is not None:
+        return vocabulary.special_tokens
+    return {name: i for i, name in enumerate(SPECIAL_TOKENS, len(vocabulary.tokens))}
 
 
 def _refuse_clash(special: Mapping[str, int], vocabulary: Vocabulary, source: str | Path) -> None:
     """Raise ConfigError for special tokens with the id of a word, of each other, or below zero."""
-    taken = {i: repr(token)[1:] for i, token in vocabulary.tokens.items()}
-    problems = []
-    for name, token_id in special.items():
-        if token_id < 0 or token_id in taken:
-            problems.append(f"{name}: id {token_id} is {taken.get(token_id, 'negative')}")
-        taken[token_id] = name
+    uses = Counter(special.values())
+    problems = [
+        f"{name} has id {i}, which is negative or taken"
+        for name, i in special.items()
+        if i < 0 or i in vocabulary.tokens or uses[i] > 1
+    ]
     if problems:
         raise ConfigError(f"special tokens of {source} do not fit the tokenizer:", problems)
 
@@ -223,9 +224,9 @@ def _find_id(special: Mapping[str, int], source: str | Path, name: str) -> int:
     """Return the id of a special token, also where Llama 3 before 3.1 calls it reserved."""
     if name in special:
         return special[name]
-    place = special.get(SPECIAL_TOKENS[0], -len(SPECIAL_TOKENS)) + SPECIAL_TOKENS.index(name)
-    reserved = [i for held, i in special.items() if held.startswith(_RESERVED)]
-    if place in reserved:
+    reserved = {i for held, i in special.items() if held.startswith("<|reserved_special_token_")}
+    first = special.get(SPECIAL_TOKENS[0])
+    if first is not None and (place := first + SPECIAL_TOKENS.index(name)) in reserved:
         return place
     raise ConfigError(
         f"{source} has no special token {name}, which Llama 3's chat format needs; "

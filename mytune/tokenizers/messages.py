@@ -53,8 +53,8 @@ class Message:
 def validate_messages(messages: Sequence[Message]) -> None:
     """Raise DataError unless the turns alternate as Llama's chat format expects.
 
-    The system message, if any, is first; then user and assistant take turns, a tool's output stands between two
-    assistant messages, and a message that is not the assistant's follows none of its own kind.
+    The system message, if any, is first; then user and assistant take turns; the output of tools
+    stands between two messages of the assistant.
     """
     if not messages:
         raise DataError("a conversation without messages")

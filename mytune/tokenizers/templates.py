@@ -70,11 +70,12 @@ class ChatMLTemplate(PromptTemplate):
 
 
 def resolve_template(spec: TemplateSpec) -> ApplyTemplate | None:
-    """Return the template that a config names: a dotted path to a class, a mapping, or the thing itself."""
+    """Return the template that a config gives: a class's dotted path, a mapping, or itself."""
     if isinstance(spec, str):
-        from mytune.config import instantiate  # has the rules on what a config may name
+        from mytune.config import instantiate  # knows what a config may name
 
-        spec = instantiate({"_component_": spec})
+        template: ApplyTemplate = instantiate({"_component_": spec})
+        return template
     return PromptTemplate(spec) if isinstance(spec, Mapping) else spec
 
 
@@ -82,6 +83,6 @@ def _problems(role: str, pair: Any) -> list[str]:
     if role not in ROLES:
         hint = did_you_mean(str(role), ROLES)
         return [f"{role!r} is not a role ({', '.join(ROLES)}){hint}"]
-    if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+    if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
         return [f"{role}: {pair!r} is not [prefix, suffix]"]
     return []

@@ -60,14 +60,12 @@ def _present() -> dict[str, int]:
 def _missing(kind: str, index: int, present: dict[str, int]) -> str:
     there = ", ".join(f"{count} x {name}" for name, count in present.items() if count)
     if not present[kind]:
-        why = (
-            "" if kind != "cuda" or torch.version.cuda else f" (torch {torch.__version__} has none)"
-        )
         return (
-            f"device is {kind}, which is not here{why}; here is {there}; device=cpu runs on the CPU"
+            f"device is {kind}, but torch {torch.__version__} finds none here, only {there}; "
+            "device=cpu runs on the CPU"
         )
     remedy = f"start {present[kind]} processes" if world_size() > 1 else f"use device={kind}:0"
-    return f"{kind}:{index} is not here; here is {there}; {remedy}"
+    return f"device {kind}:{index} is not here, only {there}; {remedy}"
 
 
 def get_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -117,8 +115,8 @@ def use_fast_float32_matmul(device: torch.device) -> bool:
 
     On CPUs without bfloat16 matrix units "medium" only changes the library (MKL to oneDNN: 1.05 to
     2.2 times as fast on AMD); on others it rounds to bfloat16. So it is kept if the error of small
-    products is that of float32: about 5e-7, in bfloat16 1e-3. Their time is not looked at: a run and
-    its resumption must choose alike.
+    products is that of float32: about 5e-7, in bfloat16 1e-3. It is not timed: a run and its
+    resumption must choose alike.
 
     Returns:
         Whether "medium" is now set.

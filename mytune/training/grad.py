@@ -23,26 +23,23 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     """
     if max_norm is not None and not max_norm > 0:
         raise ConfigError(f"clip_grad_norm is {max_norm}; it must be above 0, or null for none")
-    with_grad = [p for p in parameters if p.grad is not None]
-    norm = _total_norm([p.grad for p in with_grad if p.grad is not None])
+    meshes: dict[object, list[Tensor]] = {}
+    for parameter in parameters:  # torch cannot mix sharded and whole tensors in one operation
+        if parameter.grad is not None:
+            meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms = [_grad_norm(group) for group in meshes.values()] or [torch.zeros(())]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None and math.isfinite(max_norm):
-        clip_grads_with_norm_(with_grad, max_norm, norm)
+        for group in meshes.values():
+            clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 
-def _total_norm(grads: list[Tensor]) -> Tensor:
-    if not grads:
-        return torch.zeros(())
-    meshes: dict[object, list[Tensor]] = {}
-    for grad in grads:  # sharded and plain tensors cannot be stacked together
-        meshes.setdefault(getattr(grad, "device_mesh", None), []).append(grad)
-    norms = [_norm(torch._foreach_norm(group, 2, dtype=torch.float32)) for group in meshes.values()]
-    return norms[0] if len(norms) == 1 else _norm(norms)
-
-
-def _norm(norms: Iterable[Tensor]) -> Tensor:
-    """Return the norm of norms, whole on every rank."""
-    total = torch.linalg.vector_norm(torch.stack(list(norms)))
+def _grad_norm(parameters: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients, whole on every rank."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+    total = torch.linalg.vector_norm(torch.stack(norms))
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 

@@ -70,7 +70,7 @@ def _schedule(
             raise ConfigError(f"lr_scheduler: {name} is {value}; it must be at least {least}")
     if warmup >= total:
         log.warning(
-            "lr_scheduler.num_warmup_steps is %d and the run has %d steps: lr never reaches its peak",
+            "lr_scheduler.num_warmup_steps is %d of the run's %d steps: lr never reaches its peak",
             warmup,
             total,
         )

@@ -10,11 +10,11 @@ import torch
 
 
 def memory_stats(device: torch.device) -> dict[str, float]:
-    """Return memory figures in GiB by metric name.
+    """Return memory figures in GiB by metric name; those that are 0 or unknown are left out.
 
-    On cuda and xpu the peaks `peak_memory_active`, `_alloc` and `_reserved`; on mps, which keeps no
-    peaks, `memory_alloc` and `memory_reserved` now; on the CPU `peak_memory_rss`, the process's peak
-    resident memory.
+    On cuda and xpu the peaks `peak_memory_active`, `_alloc` and `_reserved`; on mps, which keeps
+    no peaks, `memory_alloc` and `memory_reserved` now; on the CPU `peak_memory_rss`, the most
+    resident memory the process had.
     """
     if device.type in ("cuda", "xpu"):
         stats = torch.get_device_module(device).memory_stats(device)

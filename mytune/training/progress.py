@@ -50,7 +50,8 @@ class _Formatter(logging.Formatter):
 
         loud = record.levelno >= logging.WARNING
         level = f"{record.levelname.lower()}: " if loud else ""
-        return redact(self.prefix + level + super().format(record))
+        text: str = redact(self.prefix + level + super().format(record))
+        return text
 
 
 class ProgressBar:

@@ -69,7 +69,7 @@ def _mix(value: int) -> int:
 
 
 def set_deterministic(mode: str | int | None) -> None:
-    """Choose deterministic kernels: "default" (0, None) no, "warn" (1) where there are, "error" (2).
+    """Choose deterministic kernels: "default" (0) no, "warn" (1) where there are, "error" (2) only.
 
     Call it before anything is on the device: cuBLAS reads its workspace setting when CUDA starts.
     """

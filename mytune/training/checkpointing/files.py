@@ -123,19 +123,23 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
+        self._discarded = False
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
+        if self._discarded:  # a ZipFile writes its directory even when it is thrown away
+            return len(data)
         self._hash.update(data)
         self._file.write(data)
         self.size += len(data)
         return len(data)
 
     def flush(self) -> None:
-        self._file.flush()
+        """Do nothing: `finish` flushes; a ZipFile asks after every member."""
 
     def discard(self) -> None:
         """Close a file that will not be kept; a full disk must not hide the error that led here."""
+        self._discarded = True
         try:
             self._file.close()
         except OSError:

@@ -79,7 +79,7 @@ class Format:
         found: glob patterns of further weight files, tried in this order where no index tells.
         published: names that mean "what this run saved in epoch N", as torchtune's tutorials use them.
         parts: several files hold parts of every tensor (model parallel), not different tensors.
-        needs: the file that must lie beside the weights.
+        indexes: files that map tensor names to several files; the first is the one we write.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Format:
     published: str
     buffers: tuple[str, ...] = ()
     parts: bool = False
-    needs: str | None = None
+    indexes: tuple[str, ...] = ()
 
     def file_name(self, i: int, n: int) -> str:
         """Return what we call file `i` (from 1) of `n`."""
@@ -138,7 +138,7 @@ HF = Format(
     several="model-{i:05d}-of-{n:05d}.safetensors",
     found=("model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"),
     published=r"hf_model_\d+_(\d+)\.(?:pt|safetensors)",
-    needs="config.json",
+    indexes=("model.safetensors.index.json", "pytorch_model.bin.index.json"),
 )
 
 META = Format(

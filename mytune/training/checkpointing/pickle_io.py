@@ -96,13 +96,8 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, _Storage):
             return None
-        kind = getattr(torch, _storage_name(value.spec.dtype))
+        kind = getattr(torch, torch.storage._dtype_to_storage_type_map()[value.spec.dtype])
         return "storage", kind, str(value.key), "cpu", torch.Size(value.spec.shape).numel()
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, TensorSpec):
-            return NotImplemented
-        raise AssertionError("specs are pickled through _Announced")
 
 
 class _Announced:
@@ -112,15 +107,16 @@ class _Announced:
         self.storage = storage
 
     def __reduce__(self) -> Any:
-        stride = torch.empty(self.storage.spec.shape, device="meta").stride()
-        rebuild = torch._utils._rebuild_tensor_v2  # type: ignore[attr-defined]
         shape = self.storage.spec.shape
-        return rebuild, (self.storage, 0, shape, stride, False, OrderedDict())
-
-
-def _storage_name(dtype: torch.dtype) -> str:
-    names: dict[torch.dtype, str] = torch.storage._dtype_to_storage_type_map()
-    return names[dtype]
+        stride = torch.empty(shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (
+            self.storage,
+            0,
+            shape,
+            stride,
+            False,
+            OrderedDict(),
+        )
 
 
 class PickledWriter(TensorWriter):
@@ -144,7 +140,7 @@ class PickledWriter(TensorWriter):
         self._zip.writestr(info, data)  # type: ignore[arg-type]
 
     def _write(self, name: str, data: memoryview) -> None:
-        self._member(f"data/{self.order.index(name)}", data)
+        self._member(f"data/{self._written}", data)
 
     def _end(self) -> None:
         self._member("version", memoryview(b"3\n"))

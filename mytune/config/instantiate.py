@@ -1,0 +1,168 @@
+"""From a `_component_` name to the object: what may be named, how it is found, how it is called."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mytune.config.torchtune import our_name
+from mytune.config.types import KEY
+from mytune.errors import ConfigError, ResourceError, did_you_mean
+
+# Of mytune only what a run is made of: `mytune.cli` could be made to run any file.
+_OURS = "models modules tokenizers datasets training quantization generation evaluation".split()
+_OTHERS = ["torch.optim", "torch.nn", "torchao", "bitsandbytes.optim"]
+_PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
+_INSTALL = {"torchao": "pip install 'mytune[quantize]'"}
+
+_allowed_by_user: set[str] = set()
+
+
+def allow(names: Iterable[str]) -> None:
+    """Let components of these packages be built in this process: the user's own command line says so."""
+    _allowed_by_user.update(names)
+
+
+def refusal(name: str) -> str | None:
+    """Return why a component of this name must not be built; None if it may. Imports nothing."""
+    parts = name.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() and part[:2] != "__" for part in parts):
+        return f"{name!r} is not a dotted name like 'mytune.models.llama3.llama3_8b'"
+    allowed = [*(f"mytune.{each}" for each in _OURS), *_OTHERS, *_allowed_by_user]
+    if any(name.startswith(f"{prefix}.") for prefix in allowed) or local_file(name):
+        return None
+    return (
+        f"{name!r} is not allowed{did_you_mean(parts[0], _PACKAGES - {parts[0]})}; components come from mytune, "
+        f"{', '.join(_OTHERS)} or a Python file below the current directory; "
+        f"--allow-component {parts[0]} lets this one in"
+    )
+
+
+def local_file(name: str) -> tuple[Path, str] | None:
+    """Return the file below the current directory that a dotted name points into, and its module's name."""
+    parts = name.split(".")
+    here = Path.cwd().resolve()
+    for end in range(len(parts) - 1, 0, -1) if parts[0] not in _PACKAGES else ():
+        stem = here.joinpath(*parts[:end])
+        for file in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if file.is_file() and file.resolve().is_relative_to(here):
+                return file.resolve(), ".".join(parts[:end])
+    return None
+
+
+def find_component(name: str) -> Any:
+    """Import and return what `name` names.
+
+    Raises `ConfigError` for a name that is unknown or not allowed, or whose object comes from elsewhere than the
+    name says (`torch.nn.modules.os.system`), `ResourceError` for a package that is not installed.
+    """
+    if why := refusal(name):
+        raise ConfigError(why)
+    module, attributes = _import_module(name)
+    found: Any = module
+    for attribute in attributes:
+        try:
+            found = getattr(found, attribute)
+        except AttributeError:
+            raise ConfigError(f"unknown component {name!r}{_nearest(name, found, attribute)}") from None
+        except ImportError as error:
+            raise _not_importable(name, error) from error
+    if not callable(found):
+        raise ConfigError(f"{name!r} is neither a function nor a class")
+    if why := _foreign(found):
+        raise ConfigError(f"{name!r} is not allowed: it {why}")
+    return found
+
+
+def _import_module(name: str) -> tuple[ModuleType, list[str]]:
+    """Import the longest part of `name` that is a module; return it and the attributes that are left."""
+    parts = name.split(".")
+    if local := local_file(name):
+        return _import_local(*local), parts[local[1].count(".") + 1 :]
+    for end in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:end])
+        try:
+            return importlib.import_module(module), parts[end:]
+        except ImportError as error:
+            inside = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+            if not inside or end == 1:
+                raise _not_importable(name, error) from error
+    raise AssertionError(name)
+
+
+def _import_local(file: Path, module: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last: a file here never stands in for an installed package
+    importlib.invalidate_caches()
+    spec = find_spec(module.split(".")[0])
+    places = [spec.origin or "", *(spec.submodule_search_locations or ())] if spec else []
+    if not any(place and Path(place).resolve().is_relative_to(Path.cwd().resolve()) for place in places):
+        raise ConfigError(f"{file} is hidden by another module called {module!r}: rename the file")
+    return importlib.import_module(module)
+
+
+def _not_importable(name: str, error: ImportError) -> ResourceError:
+    missing = (error.name or "").split(".")[0]
+    if isinstance(error, ModuleNotFoundError) and missing:
+        how = _INSTALL.get(missing, f"pip install {missing}")
+        return ResourceError(f"{name} needs the package {missing}, which is not installed: {how}")
+    return ResourceError(f"{name} cannot be imported: {error}")
+
+
+def _nearest(name: str, owner: Any, attribute: str) -> str:
+    known = {*getattr(owner, "__all__", dir(owner))}
+    known |= {each.name for each in pkgutil.iter_modules(getattr(owner, "__path__", []))}
+    before, _, _ = name.partition(f".{attribute}")
+    return did_you_mean(name, [f"{before}.{each}" for each in known if each[0] != "_"])
+
+
+def _foreign(found: Any) -> str | None:
+    """Return why an object does not come from an allowed place; None if it does."""
+    while isinstance(found, functools.partial):
+        found = found.func
+    home = getattr(found, "__module__", None) or "nowhere"
+    if refusal(f"{home}.x") is None:
+        local = local_file(f"{home}.x")
+        file = getattr(sys.modules.get(home), "__file__", None)
+        if local is None or (file and Path(file).resolve() == local[0]):
+            return None
+    return f"comes from {home}; --allow-component {home} lets it in"
+
+
+def instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build a component: call what `_component_` names with `args`, the node's arguments and `kwargs` (which win).
+
+    Components inside the arguments are built first. None gives None; a list of components a list of objects.
+    """
+    if node is None:
+        return None
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return [instantiate(each, *args, **kwargs) for each in node]
+    if not isinstance(node, Mapping) or not isinstance(node.get(KEY), str):
+        raise ConfigError(f"a component is a mapping with {KEY}, not {node!r}")
+    name = our_name(node[KEY])
+    target = find_component(name)
+    arguments = {key: _build(value) for key, value in node.items() if key != KEY} | kwargs
+    try:
+        inspect.signature(target).bind(*args, **arguments)
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    except ValueError:
+        pass  # a function without a signature
+    return target(*args, **arguments)
+
+
+def _build(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return instantiate(value) if KEY in value else {k: _build(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_build(each) for each in value]
+    return value

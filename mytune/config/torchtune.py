@@ -1,0 +1,63 @@
+"""Torchtune's names and ours: which component is which, and which keys mean nothing here."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+# A name that ends in a dot is a prefix; the longest one wins. What is not listed keeps its path below the package.
+NAMES = {
+    "torchtune.": "mytune.",
+    "torchtune.data.": "mytune.datasets.",
+    "torchtune.utils.": "mytune.training.",
+    "torchtune.utils.quantization.": "mytune.quantization.",
+    "torchtune.training.quantization.": "mytune.quantization.",
+    "torchtune.modules.get_cosine_schedule_with_warmup": "mytune.training.get_cosine_schedule_with_warmup",
+    "torchtune.modules.loss.CEWithChunkedOutputLoss": "mytune.modules.loss.LinearCrossEntropyLoss",
+    "torch.nn.CrossEntropyLoss": "mytune.modules.loss.LinearCrossEntropyLoss",
+}
+
+
+class Retired(NamedTuple):
+    """A key that is accepted and ignored while its value is harmless (`None`: always), and why."""
+
+    harmless: tuple[Any, ...] | None
+    why: str
+
+
+RETIRED = {
+    "low_cpu_ram": Retired(None, "weights are always memory-mapped"),
+    "custom_sharded_layers": Retired(None, "each block, the embedding and the output are sharded"),
+    "memory_efficient_fsdp_wrap": Retired(None, "each block, the embedding and the output are sharded"),
+    "fsdp": Retired(None, "torchtune 0.6 ignores it too"),
+    "fsdp_cpu_offload": Retired((False, None), "parameters stay on the device"),
+    "fsdp_reshard_after_forward": Retired(None, "it changes memory, never a result"),
+    "enable_async_checkpointing": Retired(None, "it changes when a file is written, never what is in it"),
+    "activation_offloading_use_streams": Retired(None, "it changes speed, never a result"),
+    "ac_mode": Retired(None, "enable_activation_checkpointing decides"),
+    "ac_option": Retired(None, "enable_activation_checkpointing decides"),
+    "collate_fn": Retired((None, "mytune.datasets.padded_collate_sft"), "batches are made in one way"),
+    "tensor_parallel_dim": Retired((1, None), "there is no tensor parallelism"),
+    "tensor_parallel_plan": Retired(None, "there is no tensor parallelism"),
+    "context_parallel_dim": Retired((1, None), "there is no context parallelism"),
+    "context_parallel_rotate_method": Retired(None, "there is no context parallelism"),
+    "data_parallel_shard_dim": Retired((-1, None), "all ranks share one mesh"),
+    "data_parallel_replicate_dim": Retired((1, None), "all ranks share one mesh"),
+    "enable_fp8_training": Retired((False, None), "there is no fp8 training"),
+    "fp8_recipe_name": Retired(None, "there is no fp8 training"),
+    "resize_token_embeddings": Retired((False, None), "the vocabulary keeps its size"),
+    "quantizer": Retired((None,), "this recipe does not quantize"),
+    "fake_quant_after_n_steps": Retired((None,), "this recipe does not quantize"),
+    "early_exit_loss": Retired((None,), "there is no early exit"),
+    "layer_dropout": Retired((None,), "there is no layer dropout"),
+    "enable_kv_cache": Retired(None, "generation always uses a cache; the text is the same"),
+    "instruct_template": Retired((None,), "prompt.user and the tokenizer's prompt_template say it"),
+    "chat_format": Retired((None,), "prompt.user and the tokenizer's prompt_template say it"),
+}
+
+
+def our_name(name: str) -> str:
+    """Return what `name`, torchtune's or ours, is called here."""
+    if name in NAMES:
+        return NAMES[name]
+    prefix = max((p for p in NAMES if p.endswith(".") and name.startswith(p)), key=len, default="")
+    return NAMES[prefix] + name.removeprefix(prefix) if prefix else name

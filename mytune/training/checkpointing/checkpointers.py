@@ -1,0 +1,216 @@
+"""The checkpointers that configs name: one class, three formats."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mytune.errors import CheckpointError, ConfigError, did_you_mean
+from mytune.modules.decoder import DecoderConfig
+from mytune.training.checkpointing.companions import companion_files, companions
+from mytune.training.checkpointing.files import to_json
+from mytune.training.checkpointing.formats import HF, META, TORCHTUNE, Format
+from mytune.training.checkpointing.peft import (
+    Adapter,
+    base_model_name,
+    read_adapter,
+    write_adapter,
+)
+from mytune.training.checkpointing.publish import prune, publication, read_manifest, verify
+from mytune.training.checkpointing.resume import STATE, TENSORS, Published, latest
+from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
+from mytune.training.checkpointing.weights_io import (
+    Plan,
+    demand_finite,
+    plan_weights,
+    write_weights,
+)
+from mytune.training.run_dir import check_disk_space
+
+log = logging.getLogger("mytune")
+
+# torchtune's names of the families whose weights these tables fit. The files say which one it is.
+_MODEL_TYPES = ("LLAMA2", "LLAMA3", "LLAMA3_2", "MISTRAL")
+
+
+class _Checkpointer:
+    """Reads a model's weights and publishes checkpoints in the same format.
+
+    Args:
+        checkpoint_dir: where the weights are; never written to, though it may be `output_dir`.
+        checkpoint_files: names in it; `{filename_format, max_filename}`; or None: the directory says it.
+        model_type: torchtune's name of the family; accepted, but the files decide.
+        output_dir: where checkpoints are published.
+        adapter_checkpoint: a PEFT directory or file, relative to `output_dir`, `checkpoint_dir` or the
+            current directory.
+        recipe_checkpoint: the published checkpoint to resume from, e.g. `epoch_0`; the newest if None.
+        resume_from_checkpoint: torchtune's older way to ask for resuming; kept in `.resume`.
+        safe_serialization: weights are safetensors; False is refused.
+        should_load_recipe_state: the same as `resume_from_checkpoint`.
+        keep_last_n_checkpoints: how many published checkpoints stay; all if None.
+
+    Raises:
+        ConfigError: an argument that cannot be.
+        CheckpointError: files that are missing or lie outside the directory.
+    """
+
+    format: ClassVar[Format]
+
+    def __init__(
+        self,
+        checkpoint_dir: str,
+        checkpoint_files: CheckpointFiles = None,
+        model_type: str | None = None,
+        output_dir: str | None = None,
+        adapter_checkpoint: str | None = None,
+        recipe_checkpoint: str | None = None,
+        resume_from_checkpoint: bool = False,
+        safe_serialization: bool = True,
+        should_load_recipe_state: bool = False,
+        keep_last_n_checkpoints: int | None = None,
+    ) -> None:
+        _check(model_type, safe_serialization, keep_last_n_checkpoints)
+        self.checkpoint_dir = Path(checkpoint_dir).expanduser()
+        self._output_dir = Path(output_dir).expanduser() if output_dir else None
+        self.resume = resume_from_checkpoint or should_load_recipe_state
+        self._keep = keep_last_n_checkpoints
+        self._recipe_checkpoint = recipe_checkpoint
+        self._adapter_checkpoint = adapter_checkpoint
+        paths = find_files(self.format, self.checkpoint_dir, checkpoint_files, self._output_dir)
+        self.source = Source(self.format, paths)
+        self.source_dir = paths[0].parent
+        if self._output_dir:
+            companion_files(self.source_dir)  # what cannot be copied must be known before training
+
+    @property
+    def output_dir(self) -> Path:
+        """Where checkpoints are published."""
+        if self._output_dir is None:
+            raise ConfigError("checkpointer.output_dir is not set: there is nowhere to save to")
+        return self._output_dir
+
+    def weights(self, config: DecoderConfig) -> Mapping[str, Tensor]:
+        """Return the model's weights by our names, memory-mapped, each read when asked for.
+
+        Raises:
+            CheckpointError: they do not fit; all tensors that do not are named, with both shapes.
+        """
+        weights = self.source.weights(config)
+        size = sum(path.stat().st_size for path in self.source.paths)
+        log.info("Reading %s weights (%.2f GiB) from %s", *self._where(size, self.source_dir))
+        return weights
+
+    def load_checkpoint(self) -> dict[str, dict[str, Tensor]]:
+        """Return `{"model": weights}`; the sizes come from config.json or params.json beside them."""
+        from mytune.models.auto import sizes_of_checkpoint
+
+        return {"model": dict(self.weights(sizes_of_checkpoint(str(self.source_dir))))}
+
+    def adapter_weights(self) -> Adapter | None:
+        """Return tensors and settings of `adapter_checkpoint`, or None if there is none."""
+        if self._adapter_checkpoint is None:
+            return None
+        homes = [self._output_dir or self.checkpoint_dir, self.checkpoint_dir, Path()]
+        paths = [home / Path(self._adapter_checkpoint).expanduser() for home in homes]
+        found = next((path for path in paths if path.exists()), None)
+        if found is None:
+            raise CheckpointError(
+                f"adapter_checkpoint: there is no {' or '.join(map(str, dict.fromkeys(paths)))}"
+            )
+        return read_adapter(found)
+
+    def latest(self) -> Published | None:
+        """Return the newest checkpoint in `output_dir` that is complete and verifies.
+
+        Names of `.pt` files are torchtune's way to say "the newest".
+        """
+        name = self._recipe_checkpoint
+        by_name = name is not None and not name.endswith(".pt")
+        return latest(self.output_dir, Path(name or "").parts[0] if by_name else None)
+
+    def plan(self, config: DecoderConfig, dtype: torch.dtype) -> Plan:
+        """Return what saving writes: `.nbytes`, and `.read`, the order in which weights are asked for."""
+        return plan_weights(self.source, config, dtype)
+
+    def save(
+        self,
+        name: str,
+        *,
+        step: int,
+        dtype: torch.dtype,
+        weights: Mapping[str, Tensor] | None = None,
+        config: DecoderConfig | None = None,
+        adapter: Mapping[str, Tensor] | None = None,
+        adapter_config: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        state: Mapping[str, Any] | None = None,
+        run: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Publish `output_dir / name` atomically, read it back, then drop what is too old.
+
+        Args:
+            name: `epoch_N` or `step_N`.
+            step: optimizer steps done; checkpoints are ordered by it.
+            dtype: what `weights` are cast to; adapters and `tensors` keep their own types.
+            weights: the whole model's by our names, adapters merged; None to save adapters alone.
+            config: the model's, needed with `weights`.
+            tensors, state: what the recipe needs to go on.
+            run: what else the manifest says: samples_seen, world_size, config_hash, fingerprints.
+
+        Raises:
+            ResourceError: the disk is full, read-only or faulty. NumericalError: a weight is not finite.
+        """
+        target = self.output_dir / name
+        if _is_same(target, step, run):
+            log.info("%s is already published", target)
+            return target
+        plan = self.plan(config, dtype) if weights is not None and config is not None else None
+        parts = {"adapter": adapter or {}, "recipe state": tensors or {}}
+        check_disk_space(self.output_dir, (plan.nbytes if plan else 0) + _nbytes(parts))
+        facts = {
+            "step": step,
+            "format": self.format.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "run": dict(run or {}),
+        }
+        with publication(self.output_dir, name, facts) as draft:
+            if plan and weights is not None:
+                write_weights(draft, plan, weights)
+                for file, content in companions(self.source_dir, dtype):
+                    draft.add_bytes(file, content)
+            if adapter:
+                for key, tensor in adapter.items():
+                    demand_finite(key, tensor)
+                base = base_model_name(self.source_dir)
+                write_adapter(draft, adapter, adapter_config or {}, base)
+            if tensors:
+                draft.add_tensors(TENSORS, tensors)
+            if state is not None:
+                draft.add_bytes(STATE, to_json(state))
+        self._report(target, {"Model": plan.nbytes if plan else 0} | {})
+        if self._keep:
+            prune(self.output_dir, self._keep, target)
+        return target
+
+
+class FullModelHFCheckpointer(_Checkpointer):
+    """Hugging Face's layout: safetensors (also `.bin`, read only), `config.json`, tokenizer files."""
+
+    format = HF
+
+
+class FullModelMetaCheckpointer(_Checkpointer):
+    """Meta's layout: `consolidated.*.pth` (or `meta_model_*.pt`), `params.json`."""
+
+    format = META
+
+
+class FullModelTorchTuneCheckpointer(_Checkpointer):
+    """torchtune's own names of tensors, in `.pt` files."""
+
+    format = TORCHTUNE

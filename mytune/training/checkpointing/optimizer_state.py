@@ -1,0 +1,166 @@
+"""An optimizer's state as tensors and JSON, keyed by parameter names, for any torch optimizer.
+
+torch's own `load_state_dict` casts float32 state to a bfloat16 parameter's type; this keeps every bit.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from mytune.errors import CheckpointError, ConfigError
+
+# How a step is computed, not what: these stay as the config of the resumed run has them.
+_IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (tensors, JSON) that `load_optimizer_state` restores bit for bit.
+
+    Tensors are the optimizer's own, not copies; sharded ones (DTensor) are returned sharded.
+
+    Raises:
+        ConfigError: the optimizer keeps something that cannot be stored.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    groups = [
+        {
+            "params": [names[parameter] for parameter in group["params"]],
+            "settings": {
+                key: _encode(value, f"optimizer/group{i}/{key}", tensors)
+                for key, value in group.items()
+                if key not in _IMPLEMENTATION
+            },
+        }
+        for i, group in enumerate(optimizer.param_groups)
+    ]
+    state = {
+        names[parameter]: _encode(kept, f"optimizer/{names[parameter]}", tensors)
+        for parameter, kept in optimizer.state.items()
+    }
+    return tensors, {"class": _class_name(optimizer), "groups": groups, "state": state}
+
+
+def load_optimizer_state(
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], said: Mapping[str, Any]
+) -> None:
+    """Put a saved state into a fresh optimizer over the same parameters.
+
+    Raises:
+        CheckpointError: it was saved by another optimizer, or for other parameters.
+    """
+    parameters = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
+    own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    _demand_same(own, optimizer, said)
+    for group, saved in zip(optimizer.param_groups, said["groups"], strict=True):
+        group.update({k: _decode(v, tensors, Tensor.clone) for k, v in saved["settings"].items()})
+        for name in set(saved["params"]) & said["state"].keys():
+            optimizer.state[parameters[name]] = {
+                key: _decode(value, tensors, _placing(parameters[name], key, group))
+                for key, value in said["state"][name].items()
+            }
+
+
+def _demand_same(own: list[list[str]], optimizer: Optimizer, said: Mapping[str, Any]) -> None:
+    if said["class"] != _class_name(optimizer):
+        raise CheckpointError(
+            f"the checkpoint's optimizer state is of {said['class']}, the config's optimizer is "
+            f"{_class_name(optimizer)}; set optimizer._component_ to what the run began with"
+        )
+    theirs = [group["params"] for group in said["groups"]]
+    if own != theirs:
+        ours, saved = ({n for group in groups for n in group} for groups in (own, theirs))
+        raise CheckpointError(
+            "the checkpoint's optimizer state is of other parameters, or of other groups of them",
+            [f"only in the model: {name}" for name in sorted(ours - saved)]
+            + [f"only in the checkpoint: {name}" for name in sorted(saved - ours)],
+        )
+
+
+def _placing(parameter: Tensor, key: str, group: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Return what moves a saved tensor to where the optimizer wants it.
+
+    The copy lets go of the checkpoint's file. Step counters live on the CPU unless the implementation
+    needs them on the device.
+    """
+    on_device = key != "step" or group.get("capturable") or group.get("fused")
+    device = parameter.device if on_device else torch.device("cpu")
+
+    def place(tensor: Tensor) -> Tensor:
+        if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+            mesh, placements = parameter.device_mesh, parameter.placements
+            return distribute_tensor(tensor.to(device), mesh, placements, src_data_rank=None)
+        return tensor.to(device, copy=True)
+
+    return place
+
+
+def _class_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a value as JSON; tensors go to `tensors` under their path."""
+    if isinstance(value, _PLAIN):
+        return value
+    if type(value) in (Tensor, nn.Parameter, DTensor):
+        tensors[path] = value.detach()
+        return {"tensor": path}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_encode(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+    if isinstance(value, Mapping):
+        return {str(key): _encode(v, f"{path}/{key}", tensors) for key, v in value.items()}
+    if isinstance(value, Tensor) and type(value).__module__.startswith("torchao."):
+        names, attributes = value.__tensor_flatten__()  # type: ignore[attr-defined]
+        parts = {name: _encode(getattr(value, name), f"{path}/{name}", tensors) for name in names}
+        return {
+            "class": _class_name(value),
+            "parts": parts,
+            "attributes": _encode(attributes, path, tensors),
+        }
+    raise ConfigError(
+        f"optimizer: {path} is a {type(value).__name__}, which a checkpoint cannot hold; "
+        "use an optimizer of torch.optim, bitsandbytes.optim or torchao.optim"
+    )
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor], place: Callable[[Tensor], Tensor]) -> Any:
+    """The inverse of `_encode`."""
+    if not isinstance(value, Mapping):
+        return value
+    match value:
+        case {"tensor": path, **rest} if not rest:
+            return place(tensors[path])
+        case {"dtype": str(name), **rest} if not rest:
+            return getattr(torch, name)
+        case {"list": list(items), **rest} if not rest:
+            return [_decode(item, tensors, place) for item in items]
+        case {"tuple": list(items), **rest} if not rest:
+            return tuple(_decode(item, tensors, place) for item in items)
+        case {"class": name, "parts": parts, "attributes": attributes}:
+            return _tensor_class(name).__tensor_unflatten__(  # type: ignore[attr-defined]
+                {key: _decode(part, tensors, place) for key, part in parts.items()},
+                _decode(attributes, tensors, place),
+            )
+    return {key: _decode(item, tensors, place) for key, item in value.items()}
+
+
+def _tensor_class(name: str) -> type[Tensor]:
+    """Return a tensor subclass of torchao; a checkpoint may name nothing else."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute) if module.startswith("torchao.") else None
+    if not (isinstance(found, type) and issubclass(found, Tensor)):
+        raise CheckpointError(f"the checkpoint's optimizer state names {name!r}: not a tensor of torchao")
+    return found

@@ -1,0 +1,102 @@
+"""Adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mytune.errors import CheckpointError
+from mytune.training.checkpointing.files import inside, read_json, to_json
+from mytune.training.checkpointing.formats import PEFT
+from mytune.training.checkpointing.publish import Draft
+from mytune.training.checkpointing.source import open_tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Settings of PEFT that change what an adapter computes and that mytune does not: value that is fine.
+_PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": ([], None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+}
+
+Adapter = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def write_adapter(
+    draft: Draft, adapter: Mapping[str, Tensor], config: Mapping[str, Any], base_model: str
+) -> None:
+    """Write `adapter/` into a draft.
+
+    Args:
+        adapter: our names -> tensors, written in their own type.
+        config: the fields of PEFT's LoraConfig.
+        base_model: a repository or directory for `base_model_name_or_path`.
+    """
+    said = {**config, "base_model_name_or_path": base_model, "inference_mode": True}
+    draft.add_bytes(f"adapter/{CONFIG}", to_json(said))
+    named = {PEFT.theirs(name): tensor for name, tensor in adapter.items()}
+    draft.add_tensors(f"adapter/{WEIGHTS}", named)
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read a PEFT directory (or its weight file) into our names and its settings.
+
+    `target_modules` is told by the tensors, since PEFT also allows a pattern there.
+    """
+    folder = path if path.is_dir() else path.parent
+    found = [f for f in (WEIGHTS, "adapter_model.bin") if (folder / f).is_file()]
+    if not (folder / CONFIG).is_file() or not found:
+        raise CheckpointError(f"{folder} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS}")
+    config = read_json(inside(folder, CONFIG))
+    odd = [
+        f"{key} is {config[key]!r}, not {fine[0]!r}"
+        for key, fine in _PLAIN.items()
+        if key in config and config[key] not in fine
+    ]
+    file = open_tensors(inside(folder, found[0] if path.is_dir() else path.name))
+    names = {theirs: PEFT.ours(theirs) for theirs in file}
+    odd += [f"unexpected {theirs}: found {file.specs[theirs]}" for theirs, o in names.items() if not o]
+    if odd:
+        raise CheckpointError(f"{folder}: mytune has no such adapter", odd)
+    state = {ours: file[theirs] for theirs, ours in names.items() if ours}
+    return state, {**config, "target_modules": sorted({_module(name) for name in state})}
+
+
+def _module(name: str) -> str:
+    return name.partition(".lora_")[0].rpartition(".")[2]
+
+
+def check_adapter(adapter: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `adapter` has exactly the names and shapes of the model's own."""
+    problems = [f"missing {n}: expected {list(expected[n].shape)}" for n in expected.keys() - adapter]
+    problems += [f"unexpected {n}: found {list(adapter[n].shape)}" for n in adapter.keys() - expected]
+    problems += [
+        f"mismatched {name}: expected {list(tensor.shape)}, found {list(adapter[name].shape)}"
+        for name, tensor in expected.items()
+        if name in adapter and adapter[name].shape != tensor.shape
+    ]
+    if problems:
+        raise CheckpointError(
+            "the adapter does not fit the model; lora_rank and the adapted modules must be those it "
+            "was trained with",
+            sorted(problems),
+        )
+
+
+def base_model_name(source: Path) -> str:
+    """Return what PEFT should load below the adapter: the repository if it is known, or the directory."""
+    home = source.parent if source.name == "original" else source
+    for file, key in (("original_repo_id.json", "repo_id"), ("config.json", "_name_or_path")):
+        if (home / file).is_file():
+            name = read_json(inside(home, file)).get(key)
+            if isinstance(name, str) and name:
+                return name
+    return str(home.resolve())
+

@@ -1,0 +1,94 @@
+"""Finding the newest checkpoint that is complete and verifies, and reading what a run needs to go on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mytune.errors import CheckpointError
+from mytune.modules.decoder import DecoderConfig
+from mytune.training.checkpointing.files import inside, read_json
+from mytune.training.checkpointing.formats import FORMATS
+from mytune.training.checkpointing.peft import Adapter, read_adapter
+from mytune.training.checkpointing.publish import candidates, read_manifest, verify
+from mytune.training.checkpointing.safetensors_io import SafetensorsFile
+from mytune.training.checkpointing.source import Source, find_files
+
+log = logging.getLogger("mytune")
+
+STATE, TENSORS = "recipe_state/state.json", "recipe_state/optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint that was verified."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps done."""
+        return int(self.manifest["step"])
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The JSON that the recipe gave to `save`."""
+        return read_json(inside(self.path, STATE))
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors that the recipe gave to `save`; each is read when asked for."""
+        if TENSORS not in self.manifest["files"]:
+            return {}
+        return SafetensorsFile(inside(self.path, TENSORS))
+
+    def weights(self, config: DecoderConfig) -> Mapping[str, Tensor]:
+        """Return the weights by our names; with adapters, these are merged into them."""
+        fmt = next(fmt for fmt in FORMATS if fmt.name == self.manifest["format"])
+        return Source(fmt, find_files(fmt, self.path, None)).weights(config)
+
+    def adapter(self) -> Adapter | None:
+        """Return the adapter's tensors and settings, or None where there is none."""
+        folder = self.path / "adapter"
+        return read_adapter(folder) if folder.is_dir() else None
+
+
+def latest(output_dir: Path, name: str | None = None) -> Published | None:
+    """Return the newest usable checkpoint, or the one called `name`; None if there is none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be used.
+    """
+    found = [c.path for c in candidates(output_dir) if name in (None, c.path.name)]
+    if name and not found:
+        raise CheckpointError(f"recipe_checkpoint: {output_dir} has no checkpoint {name}")
+    skipped = []
+    for path in sorted(found, key=_is_readable):
+        problems = verify(path)
+        if not problems and not (path / STATE).is_file():
+            problems = ["it was saved without what a run needs to go on"]
+        if not problems:
+            return Published(path, read_manifest(path))
+        skipped.append(f"{path}: {'; '.join(problems)}")
+        log.warning("Skipping checkpoint %s", skipped[-1])
+    if skipped:
+        raise CheckpointError(
+            f"none of the checkpoints in {output_dir} can be used to go on; start anew in another "
+            "output_dir, or with overwrite_output_dir=True",
+            skipped,
+        )
+    return None
+
+
+def _is_readable(path: Path) -> bool:
+    """Order what has no readable manifest first, so that it is named; the sort keeps the rest."""
+    try:
+        return bool(read_manifest(path))
+    except CheckpointError:
+        return False

@@ -1,0 +1,166 @@
+"""The output directory of a run: one run at a time, room on the disk, no other run's results lost."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mytune.errors import DirectoryInUseError, ResourceError
+from mytune.training.checkpointing.publish import MANIFEST, candidates, clean_up, remove
+
+log = logging.getLogger("mytune")
+
+LOCK = ".mytune.lock"
+_RESULTS = ("metrics.jsonl", "summary.json")
+
+
+@contextmanager
+def output_dir_lock(path: str | Path) -> Iterator[Path]:
+    """Own an output directory, made if need be, until the block ends; then clean up after dead runs.
+
+    The kernel's lock on a file says whether its owner lives; the file's content says who it is.
+
+    Raises:
+        DirectoryInUseError: another run owns it.
+        ResourceError: it cannot be made or written.
+    """
+    directory = Path(path)
+    lock = directory / LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(lock)
+    except OSError as error:
+        raise ResourceError(
+            f"output_dir: cannot write in {directory}: {error.strerror}; "
+            "choose another output_dir or change its permissions"
+        ) from error
+    try:
+        clean_up(directory)
+        yield directory
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(lock: Path) -> int:
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            _lock_or_refuse(descriptor, lock)
+            if _is_still(descriptor, lock):
+                _sign(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner removed it while we opened it
+
+
+def _lock_or_refuse(descriptor: int, lock: Path) -> None:
+    me, owner = _identity(), _owner(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        raise DirectoryInUseError(
+            f"output_dir: {lock.parent} belongs to a run that is going on ({_told(owner)}); "
+            "wait for it or choose another output_dir"
+        ) from error
+    owner = _owner(descriptor)
+    if not owner:
+        return
+    # A lock need not reach over a network file system: only our own machine is known to be rid of it.
+    if me["boot_id"] != owner.get("boot_id") and me["host"] != owner.get("host"):
+        raise DirectoryInUseError(
+            f"output_dir: {lock.parent} belongs to a run on another machine ({_told(owner)}); "
+            f"if it has ended, delete {lock}"
+        )
+    log.warning("Taking over %s from a run that died (%s)", lock.parent, _told(owner))
+
+
+def _identity() -> dict[str, Any]:
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "boot_id": boot_id.read_text().strip() if boot_id.is_file() else "",
+    }
+
+
+def _owner(descriptor: int) -> dict[str, Any]:
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _told(owner: dict[str, Any]) -> str:
+    return f"pid {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')}"
+
+
+def _is_still(descriptor: int, lock: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sign(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
+
+
+def check_disk_space(path: str | Path, needed: int) -> None:
+    """Raise ResourceError unless the disk that holds (or will hold) `path` has `needed` bytes free."""
+    existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    disk = os.statvfs(existing)
+    free = disk.f_bavail * disk.f_frsize
+    if free < needed:
+        raise ResourceError(
+            f"output_dir: {path} has {free / 2**30:.2f} GiB free, a checkpoint needs "
+            f"{needed / 2**30:.2f} GiB; free some space, change output_dir, or set "
+            "save_adapter_weights_only=True or keep_last_n_checkpoints"
+        )
+
+
+def refuse_other_run(
+    path: str | Path, *, resume: bool, overwrite: bool, inputs: Sequence[str | Path] = ()
+) -> None:
+    """Keep a new run from mixing with the results of another; call it while holding the lock.
+
+    Args:
+        resume: the run goes on with what is there.
+        overwrite: remove the checkpoints and metrics that are there.
+        inputs: directories this run reads; one that would be removed is refused.
+
+    Raises:
+        DirectoryInUseError: there are results, and neither `resume` nor `overwrite` is set.
+    """
+    directory = Path(path)
+    checkpoints = [c.path for c in candidates(directory) if (c.path / MANIFEST).is_file()]
+    files = [directory / name for name in _RESULTS if (directory / name).is_file()]
+    if resume or not (checkpoints or files):
+        return
+    read = [Path(each).resolve() for each in inputs]
+    needed = [str(c) for c in checkpoints if any(r.is_relative_to(c.resolve()) for r in read)]
+    if not overwrite or needed:
+        what = ", ".join(found.name for found in [*checkpoints, *files][:5])
+        raise DirectoryInUseError(
+            f"output_dir: {directory} holds the results of another run ({what}); choose another "
+            "output_dir, or set resume_from_checkpoint=True"
+            + (f" (this run reads {needed[0]})" if needed else " or overwrite_output_dir=True")
+        )
+    for checkpoint in checkpoints:
+        remove(checkpoint)
+    for file in files:
+        file.unlink()

@@ -1,0 +1,1 @@
+"""What runs inside the processes that are compared, each with its own Python and library."""
