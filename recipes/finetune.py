@@ -11,17 +11,20 @@ Copy it with `tune cp lora_finetune_single_device my_recipe.py` and change what 
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import yaml
 
 from mytune.config import Component, Components, component, instantiate
-from mytune.datasets import Batch, BatchLoader, ConcatDataset, count_targets
-from mytune.errors import StoppedEarly
+from mytune.datasets import Batch, BatchLoader, ConcatDataset, TokenDataset, count_targets
+from mytune.errors import ConfigError, StoppedEarly
 from mytune.modules import (
     Decoder,
     adapter_config,
@@ -29,11 +32,14 @@ from mytune.modules import (
     merged_weights,
     target_index,
 )
+from mytune.tokenizers import ModelTokenizer
 from mytune.training import (
+    MetricLoggers,
     ProgressBar,
     Published,
     StopSignal,
     all_sum,
+    check_disk_space,
     check_finite,
     checkpoint_activations,
     clip_grad_norm,
@@ -45,22 +51,22 @@ from mytune.training import (
     load_adapters,
     load_optimizer_state,
     load_weights,
-    log,
     memory_stats,
-    metric_loggers,
     offload_activations,
     optimizer_state,
-    own_output_dirs,
+    output_dir_lock,
     rank,
+    refuse_other_run,
     seed_step,
     set_deterministic,
     set_seed,
     setup_logging,
-    setup_torch_profiler,
     use_fast_float32_matmul,
     world_size,
     write_report,
 )
+
+log = logging.getLogger("mytune")
 
 # What the recipe itself hands to a component, so that a config need not.
 SUPPLIED = {
@@ -68,6 +74,12 @@ SUPPLIED = {
     "lr_scheduler": ["optimizer", "num_training_steps", "last_epoch"],
     "dataset": ["tokenizer"],
     "dataset_val": ["tokenizer"],
+}
+
+
+CONSTANT_LR = {
+    "_component_": "mytune.training.get_constant_schedule_with_warmup",
+    "num_warmup_steps": 0,
 }
 
 
@@ -114,10 +126,8 @@ class Config:
     max_steps_per_epoch: int | None = None
     # Any torch optimizer; it gets the parameters that train.
     optimizer: Component = component("torch.optim.AdamW", lr=2e-5, fused=True)
-    # Schedule of the learning rate, by default constant.
-    lr_scheduler: Component = component(
-        "mytune.training.lr_schedulers.get_constant_schedule_with_warmup", num_warmup_steps=0
-    )
+    # Schedule of the learning rate; constant if not given.
+    lr_scheduler: Component | None = None
     # Loss, called with model and batch; the sum over trained tokens.
     loss: Component = component("mytune.modules.loss.LinearCrossEntropyLoss")
     # Largest gradient norm; longer gradients are scaled down to it.
@@ -148,8 +158,10 @@ class Config:
     log_peak_memory_stats: bool = True
     # DEBUG, INFO, WARNING or ERROR.
     log_level: str = "INFO"
-    # PyTorch's profiler around the steps.
-    profiler: Component | None = None
+    # PyTorch's profiler around the steps; enabled: true switches it on.
+    profiler: Component = component(
+        "mytune.training.setup_torch_profiler", output_dir="${output_dir}/profile"
+    )
 
 
 def main(cfg: Config) -> None:
@@ -162,7 +174,7 @@ def main(cfg: Config) -> None:
     checkpointer = instantiate(cfg.checkpointer)
 
     with ExitStack() as stack:
-        stack.enter_context(own_output_dirs(cfg, checkpointer))
+        own_output_dirs(stack, cfg, checkpointer)
         stop = stack.enter_context(StopSignal())
         resumed = checkpointer.latest() if cfg.resume_from_checkpoint else None
         seed = set_seed(resumed.state["seed"] if resumed else cfg.seed)
@@ -170,10 +182,10 @@ def main(cfg: Config) -> None:
 
         # Data before weights: it is quicker to be found wrong.
         tokenizer = instantiate(cfg.tokenizer)
-        loader = make_loader(cfg, cfg.dataset, tokenizer, seed)
+        loader = make_loader(cfg, tokenizer, seed)
         val_loader = make_val_loader(cfg, tokenizer)
-        if resumed:
-            check_same_steps(resumed, loader)
+        run = identity(cfg, loader, seed)
+        check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
 
         model = load_model(cfg, checkpointer, resumed, device, dtype, seed)
@@ -181,13 +193,15 @@ def main(cfg: Config) -> None:
         if resumed:
             load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
         lr_scheduler = instantiate(
-            cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=step - 1
+            cfg.lr_scheduler or CONSTANT_LR,
+            optimizer,
+            num_training_steps=total_steps,
+            last_epoch=step - 1,
         )
         loss_fn = instantiate(cfg.loss)
-        logger = metric_loggers(instantiate(cfg.metric_logger), resume_at=step)
-        logger.log_config(cfg)
+        logger = make_logger(cfg, step)
         progress = stack.enter_context(ProgressBar(total_steps, done=step))
-        profiler = stack.enter_context(instantiate(cfg.profiler) or NoProfiler())
+        profiler = stack.enter_context(instantiate(cfg.profiler))
 
         model.train()
         started = lap = time.perf_counter()
@@ -201,46 +215,38 @@ def main(cfg: Config) -> None:
                     part = loss_fn(model, to_device(batch, device)) / max(tokens, 1)
                 part.backward()
                 loss += part.detach()
-            grad_norm = clip_grad_norm(model.parameters(), cfg.clip_grad_norm)
-            metrics = check_finite(loss, grad_norm, step=step + 1)
+            norm = clip_grad_norm(model.parameters(), cfg.clip_grad_norm)
+            loss_value, grad_norm = check_finite(loss, norm, step=step + 1)
+            lr = get_lr(optimizer)
             optimizer.step()
             optimizer.zero_grad()
-            metrics["lr"] = get_lr(optimizer)
             lr_scheduler.step()
             step += 1
+
             trained_tokens += tokens
-            seconds = time.perf_counter() - lap
-            metrics["tokens_per_second_per_gpu"] = tokens / seconds / world_size()
+            speed = tokens / (time.perf_counter() - lap) / world_size()
+            metrics = {"loss": loss_value, "lr": lr, "grad_norm": grad_norm}
+            metrics["tokens_per_second_per_gpu"] = speed
             if cfg.log_peak_memory_stats:
                 metrics |= memory_stats(device)
-
             epoch_ends = step % loader.steps_per_epoch == 0
-            if val_loader and is_due(step, cfg.run_val_every_n_steps, epoch_ends):
+            if val_loader and is_due(step, cfg.run_val_every_n_steps, otherwise=epoch_ends):
                 metrics["val_loss"] = validate(model, loss_fn, val_loader, device)
                 log.info("step %d: val_loss %.4f", step, metrics["val_loss"])
             if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics:
                 logger.log_dict(metrics, step)
-            progress.update(step, metrics["loss"], metrics["tokens_per_second_per_gpu"])
+            progress.update(step, loss_value, speed)
             profiler.step()
 
-            if epoch_ends or stop.requested or is_due(step, cfg.save_every_n_steps, False):
+            if epoch_ends or stop.requested or is_due(step, cfg.save_every_n_steps):
                 name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
-                save(name, cfg, checkpointer, model, optimizer, loader, step, seed, dtype)
+                save(name, cfg, checkpointer, model, optimizer, step, dtype, run)
             if stop.requested:
                 break
             lap = time.perf_counter()
 
         logger.close()
-        written = write_report(
-            cfg.output_dir,
-            steps=step,
-            tokens=trained_tokens,
-            seconds=time.perf_counter() - started,
-            parameters=count_parameters(model),
-            device=device,
-        )
-        for what, path in written.items():
-            log.info("%s: %s", what, path)
+        report(cfg, step, trained_tokens, time.perf_counter() - started, model, device)
         if step < total_steps:
             raise StoppedEarly(
                 f"stopped at step {step} of {total_steps}, saved; "
@@ -248,13 +254,31 @@ def main(cfg: Config) -> None:
             )
 
 
-def make_loader(
-    cfg: Config, dataset: Components, tokenizer: ModelTokenizer, seed: int
-) -> BatchLoader:
+def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any) -> None:
+    """Lock the run's folders against other runs, and keep what another run left there."""
+    for folder in dict.fromkeys([Path(cfg.output_dir), checkpointer.output_dir]):
+        stack.enter_context(output_dir_lock(folder))
+        refuse_other_run(
+            folder,
+            resume=cfg.resume_from_checkpoint,
+            overwrite=cfg.overwrite_output_dir,
+            inputs=[checkpointer.source_dir],
+        )
+
+
+def make_logger(cfg: Config, step: int) -> MetricLoggers:
+    """Open the metric loggers where a run of `step` steps left off, and give them the config."""
+    nodes = cfg.metric_logger if isinstance(cfg.metric_logger, list) else [cfg.metric_logger]
+    logger = MetricLoggers([instantiate(node) for node in nodes])
+    logger.resume_at(step)
+    logger.log_config(yaml.safe_dump(asdict(cfg), sort_keys=False))
+    return logger
+
+
+def make_loader(cfg: Config, tokenizer: ModelTokenizer, seed: int) -> BatchLoader:
     """Tokenize the data and lay out every epoch's batches."""
-    data = load_data(dataset, tokenizer)
     loader = BatchLoader(
-        data,
+        load_data(cfg.dataset, tokenizer),
         batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         seed=seed,
@@ -264,7 +288,7 @@ def make_loader(
         world_size=world_size(),
         max_steps_per_epoch=cfg.max_steps_per_epoch,
     )
-    log.info("data: %s; %d steps per epoch", data.stats, loader.steps_per_epoch)
+    log.info("data: %s, %d steps per epoch", loader.dataset.stats, loader.steps_per_epoch)
     return loader
 
 
@@ -290,15 +314,28 @@ def load_data(dataset: Components, tokenizer: ModelTokenizer) -> TokenDataset:
     return ConcatDataset([instantiate(node, tokenizer) for node in nodes])
 
 
-def check_same_steps(resumed: Published, loader: BatchLoader) -> None:
-    """Refuse to resume over data or batch sizes that would make step n another step."""
-    was = resumed.state["steps_per_epoch"], resumed.state["data"]
-    if was != (loader.steps_per_epoch, loader.dataset.fingerprint):
+def identity(cfg: Config, loader: BatchLoader, seed: int) -> dict[str, Any]:
+    """Return what makes a run this run: step n means the same as long as these are the same."""
+    return {
+        "seed": seed,
+        "data": loader.dataset.fingerprint,
+        "steps_per_epoch": loader.steps_per_epoch,
+        "rows_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * world_size(),
+        "world_size": world_size(),
+    }
+
+
+def check_same_run(resumed: Published | None, run: dict[str, Any]) -> None:
+    """Refuse to go on over other data or batches, where step n would be another step."""
+    was = resumed.state["run"] if resumed else run
+    keys = ("data", "steps_per_epoch", "rows_per_step")
+    changed = [f"{key}: was {was[key]}, is {run[key]}" for key in keys if was[key] != run[key]]
+    if resumed and changed:
         raise ConfigError(
-            f"{resumed.path} was trained on other data or other batches: "
-            f"{was[0]} steps per epoch, now {loader.steps_per_epoch}; resume with the dataset, tokenizer, "
-            "batch_size, gradient_accumulation_steps and max_steps_per_epoch it had, or start a new run "
-            f"with checkpointer.checkpoint_dir={resumed.path}"
+            f"{resumed.path} was trained on other data or other batches; resume with the dataset, "
+            "tokenizer, batch_size, gradient_accumulation_steps and max_steps_per_epoch it had, or "
+            f"start a new run from it with checkpointer.checkpoint_dir={resumed.path}",
+            changed,
         )
 
 
@@ -313,14 +350,25 @@ def load_model(
     """Build the model without memory, prepare it, then fill it tensor by tensor."""
     with torch.device("meta"):
         model = instantiate(cfg.model)
+    total, trained = count_parameters(model)
+    log.info("model: %s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
+    check_room(cfg, checkpointer, model, dtype)
     checkpoint_activations(model, cfg.enable_activation_checkpointing)
     compile_blocks(model, cfg.compile)
-    adapters = bool(adapter_state(model))
-    source = resumed if resumed and not adapters else checkpointer
-    load_weights(model, source.weights(model.config), device, dtype)
-    load_adapters(model, (resumed or checkpointer).adapter(), device, seed)
-    log.info("parameters: {:,} in all, {:,} trained".format(*count_parameters(model)))
+    has_adapters = bool(adapter_state(model))
+    weights = (checkpointer if has_adapters or not resumed else resumed).weights(model.config)
+    load_weights(model, weights, device, dtype)
+    adapter = resumed.adapter() if resumed else checkpointer.adapter_weights()
+    load_adapters(model, adapter, device, seed)
     return model
+
+
+def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtype) -> None:
+    """Refuse to start where the first checkpoint would not fit on the disk."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    merged = not (cfg.save_adapter_weights_only and adapter_state(model))
+    weights = checkpointer.plan(model.config, dtype).nbytes if merged else 0
+    check_disk_space(checkpointer.output_dir, weights + 3 * trained)  # AdamW keeps two of each
 
 
 def remaining_steps(
@@ -339,15 +387,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def is_due(step: int, every: int | None, otherwise: bool) -> bool:
-    """Say whether something that happens `every` n steps happens at this one."""
+def is_due(step: int, every: int | None, otherwise: bool = False) -> bool:
+    """Say whether something that happens `every` n steps happens after this one."""
     return step % every == 0 if every else otherwise
 
 
 @torch.no_grad()
-def validate(
-    model: Decoder, loss_fn: Any, loader: BatchLoader, device: torch.device
-) -> float:
+def validate(model: Decoder, loss_fn: Any, loader: BatchLoader, device: torch.device) -> float:
     """Return the loss per trained token of the validation rows."""
     model.eval()
     loss = torch.zeros((), device=device)
@@ -366,27 +412,38 @@ def save(
     checkpointer: Any,
     model: Decoder,
     optimizer: torch.optim.Optimizer,
-    loader: BatchLoader,
     step: int,
-    seed: int,
     dtype: torch.dtype,
+    run: dict[str, Any],
 ) -> None:
     """Publish a checkpoint: weights to use, adapter, and what resuming needs."""
-    check_finite_weights(model)
     adapter = adapter_state(model)
     tensors, optimizer_json = optimizer_state(model, optimizer)
     checkpointer.save(
         name,
         step=step,
-        weights=None if adapter and cfg.save_adapter_weights_only else merged_weights(model),
         dtype=dtype,
-        adapter=adapter or None,
+        weights=None if adapter and cfg.save_adapter_weights_only else merged_weights(model),
+        config=model.config,
+        adapter=adapter,
         adapter_config=adapter_config(model),
         tensors=tensors,
-        state={
-            "seed": seed,
-            "steps_per_epoch": loader.steps_per_epoch,
-            "data": loader.dataset.fingerprint,
-            "optimizer": optimizer_json,
-        },
+        state={"seed": run["seed"], "optimizer": optimizer_json, "run": run},
+        run=run,
     )
+
+
+def report(
+    cfg: Config, step: int, tokens: int, seconds: float, model: Decoder, device: torch.device
+) -> None:
+    """Write summary and loss curve, and say where everything is."""
+    written = write_report(
+        cfg.output_dir,
+        steps=step,
+        tokens=tokens,
+        seconds=seconds,
+        parameters=count_parameters(model),
+        device=device,
+    )
+    for what, path in written.items():
+        log.info("%s: %s", what, path)

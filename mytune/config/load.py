@@ -1,34 +1,27 @@
-"""From a recipe's schema, a YAML file and overrides to one checked config: every problem found, none raised midway."""
+"""From a recipe, a YAML file and overrides to one checked config, with every problem found."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
-import re
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 from mytune.config.instantiate import allow, refusal
-from mytune.config.overrides import Tree, apply_overrides, lookup, merge
+from mytune.config.overrides import apply_overrides
 from mytune.config.redact import redact
-from mytune.config.schema import Field, Schema, read_schema
+from mytune.config.schema import Schema, read_schema
 from mytune.config.torchtune import RETIRED, our_name
-from mytune.config.types import KEY, Path, children, components
+from mytune.config.tree import Tree, merge
+from mytune.config.typed import make_typed, resolve, show
+from mytune.config.types import KEY, Path, components
 from mytune.config.yaml_text import read_yaml, write_yaml
 from mytune.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-_MAX_TEXT = 1_000_000  # characters that references may expand to
-_UNESCAPED = r"(?<!\\)(?:\\\\)*\$\{"
-_REFERENCE = re.compile(_UNESCAPED + r"([A-Za-z_][\w.-]*)\}")
-_BAD_REFERENCE = re.compile(_UNESCAPED + r"(?!oc\.env:|[A-Za-z_][\w.-]*\})")
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
 
 @dataclass
@@ -36,9 +29,9 @@ class LoadedConfig:
     """A recipe's config. `problems` is empty unless it comes from `read_config`."""
 
     schema: Schema
+    tree: Tree
     typed: DictConfig
     resolved: dict[str, Any]
-    tree: Tree
 
     @property
     def problems(self) -> list[str]:
@@ -46,7 +39,7 @@ class LoadedConfig:
 
     @property
     def notices(self) -> list[str]:
-        """What the user should know: torchtune's names that were mapped, keys ignored, arguments dropped."""
+        """What the user should know: names of torchtune's mapped, keys ignored, arguments dropped."""
         return [redact(each) for each in self.tree.notices]
 
     def values(self) -> dict[str, Any]:
@@ -55,8 +48,7 @@ class LoadedConfig:
 
     def where(self, key: str) -> str:
         """Return what set `key`: `file.yaml:12`, an override, or the recipe's default."""
-        where: str = redact(self.tree.where(tuple(key.split("."))))
-        return where
+        return str(redact(self.tree.where(tuple(key.split(".")))))
 
     def to_yaml(self, sort: bool = False) -> str:
         """Return the whole config with each key's comment above it; `${...}` is kept, secrets are hidden."""
@@ -64,15 +56,14 @@ class LoadedConfig:
 
         values = redact(OmegaConf.to_container(self.typed))
         fields = [each for each in self.schema.fields if each.name in self.tree.values]
-        text, section, gap = "", "", False
+        text, section, was_block = "", "", False
         for field in sorted(fields, key=lambda each: each.name) if sort else fields:
-            block = bool(children(values[field.name])) and isinstance(values[field.name], dict)
-            heading = "" if sort or field.section in ("", section) else f"# {field.section}\n\n"
-            section = field.section
-            text += "\n" if text and (heading or block or gap) else ""
+            is_block = isinstance(values[field.name], dict) and len(values[field.name]) > 0
+            heading = f"# {field.section}\n\n" if not sort and field.section not in ("", section) else ""
+            text += "\n" if text and (heading or is_block or was_block) else ""
             text += heading + "".join(f"# {line}\n" for line in field.comment.splitlines())
             text += write_yaml({field.name: values[field.name]})
-            gap = block
+            section, was_block = field.section or section, is_block
         return text
 
 
@@ -83,7 +74,7 @@ def load_config(
     *,
     allow_components: Sequence[str] = (),
 ) -> LoadedConfig:
-    """Return the config, or raise a `ConfigError` with everything that is wrong with it; imports no component."""
+    """Return the config, or raise a `ConfigError` that lists everything wrong with it; imports no component."""
     loaded = read_config(recipe_file, config_file, overrides, allow_components=allow_components)
     if loaded.problems:
         raise config_error(loaded.problems)
@@ -91,7 +82,7 @@ def load_config(
 
 
 def config_error(problems: Sequence[str]) -> ConfigError:
-    """Return the error that lists `problems`."""
+    """Return the error that lists `problems`; a single one is the message itself."""
     if len(problems) == 1:
         return ConfigError(problems[0])
     return ConfigError(f"the config has {len(problems)} problems", problems)
@@ -104,7 +95,7 @@ def read_config(
     *,
     allow_components: Sequence[str] = (),
 ) -> LoadedConfig:
-    """Like `load_config`, but leaves the problems in the result: `check_components` can add its own."""
+    """Like `load_config`, but leaves the problems in the result, where `check_components` can add to them."""
     schema = read_schema(recipe_file)
     allow(allow_components)
     tree = Tree(schema, {f.name: copy.deepcopy(f.default) for f in schema.fields if not f.required})
@@ -113,14 +104,15 @@ def read_config(
     apply_overrides(tree, overrides)
     tree.values = {key: _translate(tree, value, (key,)) for key, value in tree.values.items()}
     _check_keys(tree, config_file)
-    typed = _typed(tree)
-    resolved = _resolved(tree, typed)
+    typed = make_typed(tree)
+    resolved = resolve(tree, typed)
     _check_components(tree, resolved)
-    return LoadedConfig(schema, typed, resolved, tree)
+    return LoadedConfig(schema, tree, typed, resolved)
 
 
 def _read_file(tree: Tree, file: File) -> None:
-    name = os.path.relpath(file) if file.resolve().is_relative_to(File.cwd().resolve()) else str(file)
+    below = file.resolve().is_relative_to(File.cwd().resolve())
+    name = os.path.relpath(file) if below else str(file)
     try:
         document = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -132,16 +124,14 @@ def _read_file(tree: Tree, file: File) -> None:
 
 
 def _translate(tree: Tree, node: Any, path: Path) -> Any:
-    """Return `node` with torchtune's names replaced by ours; references of a kind we do not fill in are problems."""
+    """Return `node` with torchtune's names replaced by ours, and say so."""
     if isinstance(node, dict):
         return {key: _translate(tree, value, (*path, key)) for key, value in node.items()}
     if isinstance(node, list):
         return [_translate(tree, value, (*path, str(i))) for i, value in enumerate(node)]
-    if not isinstance(node, str):
+    if not isinstance(node, str) or not (path[-1] == KEY or node.startswith("torchtune.")):
         return node
-    if _BAD_REFERENCE.search(node):
-        tree.problem(path, f"{node!r}: only ${{key}} and ${{oc.env:NAME}} are filled in; for the text itself write \\${{")
-    name = our_name(node) if path[-1] == KEY or node.startswith("torchtune.") else node
+    name = our_name(node)
     if name != node and (notice := f"{node} is {name} here") not in tree.notices:
         tree.notices.append(notice)
     return name
@@ -159,92 +149,26 @@ def _check_keys(tree: Tree, config_file: File | None) -> None:
         if harmless is None or value in harmless:
             tree.notices.append(f"{where}: {key} is ignored: {why}")
         else:
-            tree.problem((key,), f"{_show(value)} is not supported: {why}; remove it or write {_show(harmless[0])}")
+            remedy = f"remove it or write {show(harmless[0])}"
+            tree.problem((key,), f"{show(value)} is not supported: {why}; {remedy}")
     for field in tree.schema.fields:
         if field.name not in tree.values:
-            where = str(config_file or tree.schema.file)
             about = f": {field.comment.splitlines()[0]}" if field.comment else ""
+            where = config_file.name if config_file else tree.schema.file.name
             tree.problems.append(f"{where}: the key {field.name!r} is missing ({field.type}{about})")
 
 
-def _typed(tree: Tree) -> DictConfig:
-    """Return an OmegaConf structured config, made from the schema, with the values that fit their types."""
-    from omegaconf import MISSING, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    fields = [(f.name, f.hint, dataclasses.field(default=MISSING)) for f in tree.schema.fields]
-    config: DictConfig = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
-    for field in tree.schema.fields:
-        if field.name in tree.values and field.name not in tree.broken:
-            value = tree.values[field.name]
-            try:
-                OmegaConf.update(config, field.name, value, merge=False)
-            except OmegaConfBaseException:
-                tree.problem((field.name,), f"{_show(value)} is not {_expected(field, value)}")
-    return config
-
-
-def _expected(field: Field, value: Any) -> str:
-    if typing.get_origin(field.hint) is typing.Literal or field.kind.startswith("Literal"):
-        choices = [each for each in _choices(field.hint) if each is not None]
-        words = f"one of {', '.join(map(repr, choices))}"
-        return words + did_you_mean(str(value), map(str, choices))
-    return _WORDS.get(field.kind, field.kind) + (" or null" if field.optional else "")
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else repr(value)
-
-
-def _resolved(tree: Tree, typed: DictConfig) -> dict[str, Any]:
-    """Return plain values with references filled in; what cannot be filled in is a problem and left out."""
-    try:
-        _spend(tree.values, tree.values, [_MAX_TEXT])
-    except (OverflowError, RecursionError):
-        tree.problems.append("the ${...} references go round in a circle or expand without end")
-        return {}
-    present = [name for name in tree.schema.names if name in tree.values and name not in tree.broken]
-    return {name: _resolve(tree, typed, name, (name,)) for name in present}
-
-
-def _spend(values: dict[str, Any], node: Any, budget: list[int]) -> None:
-    """Count what `node` stands for when every reference in it is filled in; OverflowError beyond the budget."""
-    budget[0] -= 1 + len(node) if isinstance(node, str) else 1
-    if budget[0] < 0:
-        raise OverflowError
-    for _, child in children(node):
-        _spend(values, child, budget)
-    for key in _REFERENCE.findall(node) if isinstance(node, str) else ():
-        with contextlib.suppress(LookupError, ValueError):  # reported where it is filled in
-            _spend(values, lookup(values, tuple(key.split("."))), budget)
-
-
-def _resolve(tree: Tree, container: Any, key: Any, path: Path) -> Any:
-    from omegaconf import DictConfig, ListConfig
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        value = container[key]
-    except OmegaConfBaseException as error:
-        why = str(error.__cause__ or error).splitlines()[0]
-        ...
-        return None
-    if isinstance(value, DictConfig):
-        return {each: _resolve(tree, value, each, (*path, str(each))) for each in value}
-    if isinstance(value, ListConfig):
-        return [_resolve(tree, value, i, (*path, str(i))) for i in range(len(value))]
-    return value
-
-
 def _check_components(tree: Tree, resolved: dict[str, Any]) -> None:
-    """Report component keys without a component, and components that may not be built."""
+    """Report component keys that hold no component, and components that may not be built."""
     for field in tree.schema.fields:
         value = resolved.get(field.name)
-        many = isinstance(value, list) and field.kind == "Components"
-        for path, each in children(value) if many else [((), value)]:
-            ...
+        if not field.is_component or not tree.sound(field.name) or (value is None and field.optional):
+            continue
+        nodes = value if isinstance(value, list) and value else [value]
+        if not all(isinstance(each, dict) and KEY in each for each in nodes):
+            tree.problem((field.name,), f"{show(value)} is not a component: a mapping with {KEY}")
     for path, node in components(resolved):
         name = node[KEY]
-        why = refusal(name) if isinstance(name, str) else f"{_show(name)} is not a dotted name"
-        if why:
+        why = refusal(name) if isinstance(name, str) else f"{show(name)} is not a dotted name"
+        if why and (*path, KEY) not in tree.broken:
             tree.problem((*path, KEY), why)

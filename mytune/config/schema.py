@@ -42,12 +42,17 @@ class Field:
 
     @property
     def optional(self) -> bool:
-        return self.hint is Any and self.type == "Any" or "None" in self.type.split(" | ")
+        """May the value be null?"""
+        return self.type == "Any" or "None" in self.type.split(" | ")
 
     @property
     def kind(self) -> str:
         """The type without `| None`."""
         return " | ".join(part for part in self.type.split(" | ") if part != "None")
+
+    @property
+    def is_component(self) -> bool:
+        return self.kind in ("Component", "Components")
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def _hint(node: ast.expr) -> Any:
         case ast.Constant(value=None):
             return None
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return typing.Union[_hint(left), _hint(right)]  # noqa: UP007
+            return _union(_hint(left), _hint(right))
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             values = ast.literal_eval(choices)
             return typing.Literal[values]
@@ -139,6 +144,14 @@ def _hint(node: ast.expr) -> Any:
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, value])):
             return types.GenericAlias(dict, (_hint(key), _hint(value)))
     raise ValueError(ast.unparse(node))
+
+
+def _union(*options: Any) -> Any:
+    found = typing.Union[options]  # noqa: UP007
+    members = [each for each in typing.get_args(found) if each is not type(None)]
+    if len(members) > 1 and not all(each in (int, float, str, bool) for each in members):
+        raise ValueError("OmegaConf has unions of scalars only")
+    return found
 
 
 def _value(node: ast.expr) -> Any:

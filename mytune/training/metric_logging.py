@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from mytune.config import redact
 from mytune.errors import ResourceError
 from mytune.training.distributed import rank
 
@@ -40,8 +41,6 @@ class MetricLogger:
     def log_config(self, config: str) -> None:
         """Keep the run's config, a YAML text; secrets are redacted."""
         if rank() == 0:
-            from mytune.config import redact
-
             self._write_config(redact(config))
 
     def resume_at(self, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from mytune.config import redact
 from mytune.errors import ConfigError, did_you_mean
 from mytune.training.distributed import rank
 
@@ -46,8 +47,6 @@ class _Formatter(logging.Formatter):
         self.prefix = prefix
 
     def format(self, record: logging.LogRecord) -> str:
-        from mytune.config import redact
-
         loud = record.levelno >= logging.WARNING
         level = f"{record.levelname.lower()}: " if loud else ""
         text: str = redact(self.prefix + level + super().format(record))

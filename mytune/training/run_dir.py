@@ -1,4 +1,4 @@
-"""The output directory of a run: one run at a time, room on the disk, no other run's results lost."""
+"""The output directory of a run: one run at a time, room on the disk, nobody's results lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RESULTS = ("metrics.jsonl", "summary.json")
 
 @contextmanager
 def output_dir_lock(path: str | Path) -> Iterator[Path]:
-    """Own an output directory, made if need be, until the block ends; then clean up after dead runs.
+    """Own an output directory, made if need be, until the block ends; clean up after dead runs.
 
     The kernel's lock on a file says whether its owner lives; the file's content says who it is.
 
@@ -78,7 +78,7 @@ def _lock_or_refuse(descriptor: int, lock: Path) -> None:
     owner = _owner(descriptor)
     if not owner:
         return
-    # A lock need not reach over a network file system: only our own machine is known to be rid of it.
+    # A lock need not reach over a network file system: only our own machine is known rid of it.
     if me["boot_id"] != owner.get("boot_id") and me["host"] != owner.get("host"):
         raise DirectoryInUseError(
             f"output_dir: {lock.parent} belongs to a run on another machine ({_told(owner)}); "
@@ -121,8 +121,10 @@ def _sign(descriptor: int) -> None:
 
 
 def check_disk_space(path: str | Path, needed: int) -> None:
-    """Raise ResourceError unless the disk that holds (or will hold) `path` has `needed` bytes free."""
-    existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    """Raise ResourceError unless the disk that holds (or will hold) `path` has that many bytes."""
+    existing = next(
+        p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists()
+    )
     disk = os.statvfs(existing)
     free = disk.f_bavail * disk.f_frsize
     if free < needed:

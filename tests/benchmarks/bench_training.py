@@ -64,7 +64,7 @@ def measure(quick: bool) -> list[Row]:
 
 def measure_case(folder: Path, shape: str, method: str, dtype: str, turns: int) -> Iterator[Row]:
     """Compare all peers in one case."""
-    write_model(folder, SHAPES[shape])
+    write_model(folder / "model", SHAPES[shape])
     rows = folder / "rows.jsonl"
     write_rows(rows, BATCH_SIZE * (turns + WARM_UP + 2), SHAPES[shape].vocab_size)
     lengths = [len(tokens) for tokens, _ in read_rows(str(rows))]
@@ -112,7 +112,7 @@ def commands(folder: Path, shape: Shape, method: str, dtype: str) -> dict[str, S
             theirs = {**config, "loss": {"_component_": loss}}
             found[name] = [*tune, *run(folder / f"{name}.yaml", theirs, method)]
     settings = {
-        "model": str(folder),
+        "model": str(folder / "model"),
         "rows": str(folder / "rows.jsonl"),
         "dtype": DTYPES[dtype],
         "lora": PEFT_LORA if method == "LoRA" else None,
@@ -142,7 +142,7 @@ def recipe_config(folder: Path, shape: Shape, lora: bool, dtype: str) -> dict[st
         "tokenizer": {"_component_": "tests.benchmarks.peers.turns.Ids"},
         "checkpointer": {
             "_component_": "torchtune.training.FullModelHFCheckpointer",
-            "checkpoint_dir": str(folder),
+            "checkpoint_dir": str(folder / "model"),
             "checkpoint_files": ["model.safetensors"],
             "recipe_checkpoint": None,
             "output_dir": "${output_dir}",

@@ -13,23 +13,20 @@ from torch import Tensor
 from mytune.errors import CheckpointError, ConfigError, did_you_mean
 from mytune.modules.decoder import DecoderConfig
 from mytune.training.checkpointing.companions import companion_files, companions
-from mytune.training.checkpointing.files import to_json
+from mytune.training.checkpointing.files import FileRecord, to_json
 from mytune.training.checkpointing.formats import HF, META, TORCHTUNE, Format
-from mytune.training.checkpointing.peft import (
-    Adapter,
-    base_model_name,
-    read_adapter,
-    write_adapter,
+from mytune.training.checkpointing.peft import Adapter, base_model_name, read_adapter, write_adapter
+from mytune.training.checkpointing.publish import (
+    MANIFEST,
+    Draft,
+    prune,
+    publication,
+    read_manifest,
+    verify,
 )
-from mytune.training.checkpointing.publish import prune, publication, read_manifest, verify
 from mytune.training.checkpointing.resume import STATE, TENSORS, Published, latest
 from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
-from mytune.training.checkpointing.weights_io import (
-    Plan,
-    demand_finite,
-    plan_weights,
-    write_weights,
-)
+from mytune.training.checkpointing.weights_io import Plan, plan_weights, write_weights
 from mytune.training.run_dir import check_disk_space
 
 log = logging.getLogger("mytune")
@@ -43,12 +40,12 @@ class _Checkpointer:
 
     Args:
         checkpoint_dir: where the weights are; never written to, though it may be `output_dir`.
-        checkpoint_files: names in it; `{filename_format, max_filename}`; or None: the directory says it.
+        checkpoint_files: names in it, or `{filename_format, max_filename}`; if None, all there.
         model_type: torchtune's name of the family; accepted, but the files decide.
         output_dir: where checkpoints are published.
-        adapter_checkpoint: a PEFT directory or file, relative to `output_dir`, `checkpoint_dir` or the
-            current directory.
-        recipe_checkpoint: the published checkpoint to resume from, e.g. `epoch_0`; the newest if None.
+        adapter_checkpoint: a PEFT directory or file, relative to `output_dir`, `checkpoint_dir` or
+            the current directory.
+        recipe_checkpoint: the checkpoint to resume from, e.g. `epoch_0`; the newest if None.
         resume_from_checkpoint: torchtune's older way to ask for resuming; kept in `.resume`.
         safe_serialization: weights are safetensors; False is refused.
         should_load_recipe_state: the same as `resume_from_checkpoint`.
@@ -100,13 +97,17 @@ class _Checkpointer:
         Raises:
             CheckpointError: they do not fit; all tensors that do not are named, with both shapes.
         """
-        weights = self.source.weights(config)
         size = sum(path.stat().st_size for path in self.source.paths)
-        log.info("Reading %s weights (%.2f GiB) from %s", *self._where(size, self.source_dir))
-        return weights
+        log.info(
+            "Reading %.2f GiB of %s weights from %s",
+            size / 2**30,
+            self.format.name,
+            self.source_dir,
+        )
+        return self.source.weights(config)
 
     def load_checkpoint(self) -> dict[str, dict[str, Tensor]]:
-        """Return `{"model": weights}`; the sizes come from config.json or params.json beside them."""
+        """Return `{"model": weights}`; the sizes come from the config.json or params.json there."""
         from mytune.models.auto import sizes_of_checkpoint
 
         return {"model": dict(self.weights(sizes_of_checkpoint(str(self.source_dir))))}
@@ -134,7 +135,7 @@ class _Checkpointer:
         return latest(self.output_dir, Path(name or "").parts[0] if by_name else None)
 
     def plan(self, config: DecoderConfig, dtype: torch.dtype) -> Plan:
-        """Return what saving writes: `.nbytes`, and `.read`, the order in which weights are asked for."""
+        """Return what `save` writes: `.nbytes`, and `.read`, the order it asks for weights in."""
         return plan_weights(self.source, config, dtype)
 
     def save(
@@ -163,15 +164,16 @@ class _Checkpointer:
             run: what else the manifest says: samples_seen, world_size, config_hash, fingerprints.
 
         Raises:
-            ResourceError: the disk is full, read-only or faulty. NumericalError: a weight is not finite.
+            ResourceError: the disk is full, read-only or faulty.
+            NumericalError: a weight is not finite.
         """
         target = self.output_dir / name
         if _is_same(target, step, run):
             log.info("%s is already published", target)
             return target
-        plan = self.plan(config, dtype) if weights is not None and config is not None else None
-        parts = {"adapter": adapter or {}, "recipe state": tensors or {}}
-        check_disk_space(self.output_dir, (plan.nbytes if plan else 0) + _nbytes(parts))
+        plan = None if weights is None else self.plan(_given(config), dtype)
+        held = sum(t.nbytes for part in (adapter, tensors) for t in (part or {}).values())
+        check_disk_space(self.output_dir, held + (plan.nbytes if plan else 0))
         facts = {
             "step": step,
             "format": self.format.name,
@@ -180,26 +182,68 @@ class _Checkpointer:
         }
         with publication(self.output_dir, name, facts) as draft:
             if plan and weights is not None:
-                write_weights(draft, plan, weights)
-                for file, content in companions(self.source_dir, dtype):
-                    draft.add_bytes(file, content)
-            if adapter:
-                for key, tensor in adapter.items():
-                    demand_finite(key, tensor)
+                self._add_model(draft, plan, weights)
+            if adapter and adapter_config:
                 base = base_model_name(self.source_dir)
-                write_adapter(draft, adapter, adapter_config or {}, base)
+                write_adapter(draft, adapter, adapter_config, base)
             if tensors:
                 draft.add_tensors(TENSORS, tensors)
             if state is not None:
                 draft.add_bytes(STATE, to_json(state))
-        self._report(target, {"Model": plan.nbytes if plan else 0} | {})
+        _report(target, draft.records)
         if self._keep:
             prune(self.output_dir, self._keep, target)
         return target
 
+    def _add_model(self, draft: Draft, plan: Plan, weights: Mapping[str, Tensor]) -> None:
+        write_weights(draft, plan, weights)
+        for name, content in companions(self.source_dir, plan.dtype):
+            draft.add_bytes(name, content)
+
+
+def _check(model_type: str | None, safe_serialization: bool, keep: int | None) -> None:
+    if model_type is not None and model_type not in _MODEL_TYPES:
+        raise ConfigError(
+            f"checkpointer.model_type is {model_type!r}; it can be {', '.join(_MODEL_TYPES)} or be "
+            f"left out{did_you_mean(model_type, _MODEL_TYPES)}"
+        )
+    if not safe_serialization:
+        raise ConfigError(
+            "checkpointer.safe_serialization is False, but mytune writes safetensors; remove it"
+        )
+    if keep is not None and keep < 1:
+        raise ConfigError(
+            f"checkpointer.keep_last_n_checkpoints is {keep}; use 1 or more, or null to keep all"
+        )
+
+
+def _given(config: DecoderConfig | None) -> DecoderConfig:
+    if config is None:
+        raise ValueError("save() needs the model's config to write its weights")
+    return config
+
+
+def _is_same(target: Path, step: int, run: Mapping[str, Any] | None) -> bool:
+    """Say whether `target` is this very checkpoint: same step, same config and data, and intact."""
+    if not (run and "config_hash" in run and (target / MANIFEST).is_file()):
+        return False
+    try:
+        manifest = read_manifest(target)
+    except CheckpointError:
+        return False
+    return manifest["step"] == step and manifest.get("run") == run and not verify(target)
+
+
+def _report(target: Path, records: Mapping[str, FileRecord]) -> None:
+    for what, folder in (("Model", ""), ("Adapter", "adapter"), ("Recipe", "recipe_state")):
+        sizes = [r.size for name, r in records.items() if name.rpartition("/")[0] == folder]
+        if sum(sizes) and (folder or len(sizes) > 1):  # the manifest alone is no model
+            where = target / folder
+            log.info("%s checkpoint of size %.2f GiB saved to %s", what, sum(sizes) / 2**30, where)
+
 
 class FullModelHFCheckpointer(_Checkpointer):
-    """Hugging Face's layout: safetensors (also `.bin`, read only), `config.json`, tokenizer files."""
+    """Hugging Face's layout: safetensors (or `.bin`, read only), `config.json`, tokenizer files."""
 
     format = HF
 

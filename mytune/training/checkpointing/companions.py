@@ -48,7 +48,7 @@ def companion_files(source: Path) -> dict[str, Path]:
 
 
 def companions(source: Path, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the files to copy; `config.json` says the type the weights now have."""
+    """Yield names and contents to copy; `config.json` names the type that the weights now have."""
     for name, path in companion_files(source).items():
         yield name, _retyped(path, dtype) if name == "config.json" else path.read_bytes()
 

@@ -1,4 +1,4 @@
-"""Files: which may be read, and how bytes are written so that they are hashed once and stay on the disk."""
+"""Files: which may be read, and how bytes are written so that they are hashed and durable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mytune.errors import CheckpointError
+from mytune.errors import CheckpointError, NumericalError
 
 _MAX_JSON_BYTES = 256 * 2**20
 
@@ -62,8 +62,8 @@ class TensorFile(Mapping[str, Tensor]):
 def inside(directory: Path, name: str) -> Path:
     """Return `directory / name` if that lies in the directory, else raise CheckpointError.
 
-    Links are followed only within the directory, and from a snapshot of the Hugging Face cache to the
-    blobs beside it (`snapshots/<revision>/config.json -> ../../blobs/<hash>`).
+    Links are followed only within the directory, and from a snapshot of the Hugging Face cache
+    to the blobs beside it (`snapshots/<revision>/config.json -> ../../blobs/<hash>`).
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
@@ -118,7 +118,7 @@ def fsync_directory(path: Path) -> None:
 
 
 class HashedFile:
-    """A new file that hashes what is written; it only ever grows, so what writes it need not seek."""
+    """A new file that hashes what is written; it only grows: there is no seeking."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
@@ -154,15 +154,20 @@ class HashedFile:
 
 
 class TensorWriter:
-    """Writes a file of tensors, one at a time in `order`; `record` is there when the block has ended."""
+    """Writes a file of tensors, one at a time in `order`; `record` is there after the block."""
 
     record: FileRecord
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self.specs = specs
-        self.order = list(specs)
+        self.order = self.order_of(specs)
         self.file = HashedFile(path)
         self._written = 0
+
+    @staticmethod
+    def order_of(specs: Mapping[str, TensorSpec]) -> list[str]:
+        """Return the order in which tensors stand in the file."""
+        return list(specs)
 
     def add(self, tensor: Tensor) -> None:
         """Write the next tensor; it must be what was announced."""
@@ -183,7 +188,10 @@ class TensorWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         if error is not None:
             self.file.discard()
@@ -194,7 +202,16 @@ class TensorWriter:
         self.record = self.file.finish(self.specs)
 
 
+def demand_finite(name: str, tensor: Tensor) -> None:
+    """Raise NumericalError if a tensor that is about to be saved is not finite."""
+    if not torch.isfinite(tensor).all():
+        raise NumericalError(
+            f"{name} holds NaN or Inf as {tensor.dtype}; nothing was saved, and the checkpoints "
+            "published before are as they were. Lower optimizer.lr or set clip_grad_norm"
+        )
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's content in row-major order; a copy only where it has to be one."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""The checkpoint formats as tables: each row names one tensor on both sides and is read in both directions.
+"""The checkpoint formats as tables: a row names one tensor on both sides, and is read both ways.
 
 `{}` stands for the layer. Our own names and order are those of `Decoder`: RoPE's half-split order.
 """
@@ -41,7 +41,8 @@ class Row:
         if self.heads is None:
             return tensor
         heads: int = getattr(config, self.heads)
-        return tensor.unflatten(0, (heads, *halves)).transpose(1, 2).flatten(0, 2)
+        rest = tensor.shape[1:]
+        return tensor.reshape(heads, *halves, *rest).transpose(1, 2).reshape(-1, *rest)
 
 
 class Table:
@@ -73,11 +74,11 @@ class Format:
 
     Attributes:
         checkpointer: the class that reads and writes it, for error messages.
-        buffers: their tensors that are computed, not learned: not read, but written back as they came.
+        buffers: their tensors that are computed, not learned: not read, but written back.
         single: the file name of a checkpoint in one file.
         several: the file name of file `i` (from 1) of `n`.
         found: glob patterns of further weight files, tried in this order where no index tells.
-        published: names that mean "what this run saved in epoch N", as torchtune's tutorials use them.
+        published: names by which torchtune's tutorials mean "what this run saved in epoch N".
         parts: several files hold parts of every tensor (model parallel), not different tensors.
         indexes: files that map tensor names to several files; the first is the one we write.
     """
@@ -191,7 +192,7 @@ TORCHTUNE = Format(
 
 FORMATS = (HF, META, TORCHTUNE)
 
-# PEFT wraps the Hugging Face model, so its rows follow from that table: every linear may gain these.
+# PEFT wraps the Hugging Face model, so its rows follow from that table: a linear may gain these.
 _GAINS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 _LINEARS = [row for row in HF.table.rows if row.ours.endswith(("_proj.weight", "lm_head.weight"))]
 PEFT = Table(

@@ -1,6 +1,6 @@
 """An optimizer's state as tensors and JSON, keyed by parameter names, for any torch optimizer.
 
-torch's own `load_state_dict` casts float32 state to a bfloat16 parameter's type; this keeps every bit.
+torch's `load_state_dict` casts float32 state to a bfloat16 parameter's type; this keeps every bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}
 _PLAIN = (type(None), bool, int, float, str)
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(
+    model: nn.Module, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return (tensors, JSON) that `load_optimizer_state` restores bit for bit.
 
     Tensors are the optimizer's own, not copies; sharded ones (DTensor) are returned sharded.
@@ -43,8 +45,9 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
         for i, group in enumerate(optimizer.param_groups)
     ]
     state = {
-        names[parameter]: _encode(kept, f"optimizer/{names[parameter]}", tensors)
-        for parameter, kept in optimizer.state.items()
+        name: _encode(optimizer.state[parameter], f"optimizer/{name}", tensors)
+        for parameter, name in names.items()
+        if parameter in optimizer.state
     }
     return tensors, {"class": _class_name(optimizer), "groups": groups, "state": state}
 
@@ -89,8 +92,8 @@ def _demand_same(own: list[list[str]], optimizer: Optimizer, said: Mapping[str, 
 def _placing(parameter: Tensor, key: str, group: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
     """Return what moves a saved tensor to where the optimizer wants it.
 
-    The copy lets go of the checkpoint's file. Step counters live on the CPU unless the implementation
-    needs them on the device.
+    The copy lets go of the checkpoint's file. Step counters live on the CPU unless the
+    implementation needs them on the device.
     """
     on_device = key != "step" or group.get("capturable") or group.get("fused")
     device = parameter.device if on_device else torch.device("cpu")
@@ -160,7 +163,13 @@ def _decode(value: Any, tensors: Mapping[str, Tensor], place: Callable[[Tensor],
 def _tensor_class(name: str) -> type[Tensor]:
     """Return a tensor subclass of torchao; a checkpoint may name nothing else."""
     module, _, attribute = name.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute) if module.startswith("torchao.") else None
+    found = (
+        getattr(importlib.import_module(module), attribute)
+        if module.startswith("torchao.")
+        else None
+    )
     if not (isinstance(found, type) and issubclass(found, Tensor)):
-        raise CheckpointError(f"the checkpoint's optimizer state names {name!r}: not a tensor of torchao")
+        raise CheckpointError(
+            f"the checkpoint's optimizer state names {name!r}: not a tensor of torchao"
+        )
     return found

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from mytune.errors import CheckpointError
-from mytune.training.checkpointing.files import inside, read_json, to_json
+from mytune.training.checkpointing.files import demand_finite, inside, read_json, to_json
 from mytune.training.checkpointing.formats import PEFT
 from mytune.training.checkpointing.publish import Draft
 from mytune.training.checkpointing.source import open_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Settings of PEFT that change what an adapter computes and that mytune does not: value that is fine.
+# Settings that change what an adapter computes, and their only values that mytune can do.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -39,6 +39,8 @@ def write_adapter(
         config: the fields of PEFT's LoraConfig.
         base_model: a repository or directory for `base_model_name_or_path`.
     """
+    for name, tensor in adapter.items():
+        demand_finite(name, tensor)
     said = {**config, "base_model_name_or_path": base_model, "inference_mode": True}
     draft.add_bytes(f"adapter/{CONFIG}", to_json(said))
     named = {PEFT.theirs(name): tensor for name, tensor in adapter.items()}
@@ -62,7 +64,9 @@ def read_adapter(path: Path) -> Adapter:
     ]
     file = open_tensors(inside(folder, found[0] if path.is_dir() else path.name))
     names = {theirs: PEFT.ours(theirs) for theirs in file}
-    odd += [f"unexpected {theirs}: found {file.specs[theirs]}" for theirs, o in names.items() if not o]
+    odd += [
+        f"unexpected {theirs}: found {file.specs[theirs]}" for theirs, o in names.items() if not o
+    ]
     if odd:
         raise CheckpointError(f"{folder}: mytune has no such adapter", odd)
     state = {ours: file[theirs] for theirs, ours in names.items() if ours}
@@ -74,9 +78,13 @@ def _module(name: str) -> str:
 
 
 def check_adapter(adapter: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless `adapter` has exactly the names and shapes of the model's own."""
-    problems = [f"missing {n}: expected {list(expected[n].shape)}" for n in expected.keys() - adapter]
-    problems += [f"unexpected {n}: found {list(adapter[n].shape)}" for n in adapter.keys() - expected]
+    """Raise CheckpointError unless `adapter` has the names and shapes of the model's own."""
+    problems = [
+        f"missing {n}: expected {list(expected[n].shape)}" for n in expected.keys() - adapter
+    ]
+    problems += [
+        f"unexpected {n}: found {list(adapter[n].shape)}" for n in adapter.keys() - expected
+    ]
     problems += [
         f"mismatched {name}: expected {list(tensor.shape)}, found {list(adapter[name].shape)}"
         for name, tensor in expected.items()
@@ -84,14 +92,13 @@ def check_adapter(adapter: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     ]
     if problems:
         raise CheckpointError(
-            "the adapter does not fit the model; lora_rank and the adapted modules must be those it "
-            "was trained with",
+            "the adapter does not fit the model; rank and modules must be those of its training",
             sorted(problems),
         )
 
 
 def base_model_name(source: Path) -> str:
-    """Return what PEFT should load below the adapter: the repository if it is known, or the directory."""
+    """Return what PEFT loads below the adapter: the repository if it is known, or the directory."""
     home = source.parent if source.name == "original" else source
     for file, key in (("original_repo_id.json", "repo_id"), ("config.json", "_name_or_path")):
         if (home / file).is_file():
@@ -99,4 +106,3 @@ def base_model_name(source: Path) -> str:
             if isinstance(name, str) and name:
                 return name
     return str(home.resolve())
-

@@ -1,4 +1,4 @@
-"""PyTorch's zip files (`.pth`, `.pt`, `.bin`): read without running their code, written one tensor at a time."""
+"""PyTorch's zip files (`.pth`, `.pt`, `.bin`): read without running code, written in turn."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class PickledWriter(TensorWriter):
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         super().__init__(path, specs)
         self._root = path.stem
-        self._zip = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED)  # type: ignore[arg-type]
+        self._zip = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED)  # type: ignore[call-overload]
         pickled = io.BytesIO()
         storages = (_Storage(key, spec) for key, spec in enumerate(specs.values()))
         announced = {n: _Announced(s) for n, s in zip(specs, storages, strict=True)}

@@ -1,7 +1,7 @@
-"""Publishing a checkpoint so that the last good one is never lost: draft, manifest, rename, verify, prune.
+"""Publishing checkpoints so that the last good one is never lost: draft, rename, verify, prune.
 
-A draft is written to `<name>.tmp-<uuid>/` and becomes `<name>/` by one rename, after everything in it,
-the manifest last, is on the disk. What a killed run left behind is finished or removed by `clean_up`.
+A draft is written to `<name>.tmp-<uuid>/` and becomes `<name>/` by one rename, when everything in
+it, the manifest last, is on the disk. `clean_up` finishes or removes what a killed run left.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def publication(output_dir: Path, name: str, facts: Mapping[str, Any]) -> Iterat
         _put_in_place(draft.path, output_dir / name)
     except OSError as error:
         raise ResourceError(
-            f"cannot write the checkpoint {output_dir / name}: {error.strerror or error}; free some "
-            "space or change output_dir. Checkpoints published before are as they were"
+            f"cannot write the checkpoint {output_dir / name}: {error.strerror or error}; free "
+            "some space or change output_dir. Checkpoints published before are as they were"
         ) from error
     finally:
         shutil.rmtree(draft.path, ignore_errors=True)
@@ -207,7 +207,7 @@ def candidates(output_dir: Path) -> list[Candidate]:
 
 
 def prune(output_dir: Path, keep: int, newest: Path) -> None:
-    """Remove all but the last `keep` checkpoints; `newest`, which was just verified, always stays."""
+    """Remove all but the last `keep` checkpoints; `newest`, just verified, always stays."""
     older = [c.path for c in candidates(output_dir) if c.step >= 0 and c.path != newest]
     for path in older[keep - 1 :]:
         log.info("Removing %s (keep_last_n_checkpoints=%d)", path, keep)

@@ -1,4 +1,4 @@
-"""Finding the newest checkpoint that is complete and verifies, and reading what a run needs to go on."""
+"""Finding the newest checkpoint that verifies, and reading what a run needs to go on."""
 
 from __future__ import annotations
 

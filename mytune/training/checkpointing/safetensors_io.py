@@ -6,13 +6,14 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mytune.errors import CheckpointError
-from mytune.training.checkpointing.files import TensorFile, TensorSpec, TensorWriter
+from mytune.training.checkpointing.files import FileRecord, TensorFile, TensorSpec, TensorWriter
 
 # The library lays tensors out by alignment: largest first, in this order, then by name.
 _DTYPES = {
@@ -49,7 +50,7 @@ class SafetensorsFile(TensorFile):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(str(path), framework="pt", device="cpu")
+            self._file: Any = safe_open(str(path), framework="pt", device="cpu")
             slices = {name: self._file.get_slice(name) for name in self._file.offset_keys()}
             self.specs = {
                 name: TensorSpec(_DTYPES[part.get_dtype()], tuple(part.get_shape()))
@@ -72,8 +73,11 @@ class SafetensorsWriter(TensorWriter):
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         super().__init__(path, specs)
-        self.order.sort(key=lambda name: (_RANK[specs[name].dtype], name))
         self.file.write(_header(specs, self.order))
+
+    @staticmethod
+    def order_of(specs: Mapping[str, TensorSpec]) -> list[str]:
+        return sorted(specs, key=lambda name: (_RANK[specs[name].dtype], name))
 
     def _write(self, name: str, data: memoryview) -> None:
         self.file.write(data)
@@ -95,10 +99,10 @@ def _header(specs: Mapping[str, TensorSpec], order: list[str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> TensorWriter:
-    """Write a whole mapping; tensors are asked for once to learn their shape and once to be written."""
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write a whole mapping; each tensor is asked for twice: for its shape, and to be written."""
     specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     with SafetensorsWriter(path, specs) as writer:
         for name in writer.order:
             writer.add(tensors[name])
-    return writer
+    return writer.record

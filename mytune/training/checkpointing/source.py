@@ -36,8 +36,8 @@ def find_files(
     """Return a checkpoint's weight files, in order.
 
     Args:
-        listed: file names relative to `directory`; or torchtune's `{filename_format, max_filename}`;
-            or None: the index or the directory says it.
+        listed: file names relative to `directory`, or torchtune's `{filename_format,
+            max_filename}`; None: the index or the directory tells.
         output_dir: where names such as `meta_model_0.pt` mean "what was saved in epoch 0".
 
     Raises:
@@ -83,7 +83,7 @@ def _names(listed: Sequence[str] | Mapping[str, str]) -> list[str]:
 
 
 def _discover(fmt: Format, directory: Path) -> list[str]:
-    """Return the names of the weight files of a directory, as the first thing that knows them says."""
+    """Return a directory's weight files, from the first thing there that knows them."""
     if (directory / fmt.single).is_file() and not fmt.parts:
         return [fmt.single]
     for index in fmt.indexes:
@@ -104,7 +104,7 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _published(fmt: Format, names: Sequence[str], directories: Sequence[Path]) -> list[Path]:
-    """Return the files of `epoch_N` where every name is one of torchtune's for that epoch's weights."""
+    """Return the files of `epoch_N` if every name is one of torchtune's for its weights."""
     found = [re.fullmatch(fmt.published, name) for name in names]
     epochs = {int(match[1]) if match else None for match in found}
     for directory in directories:
@@ -190,8 +190,7 @@ class Source:
         """Return what each group holds, in the order of its files.
 
         Raises:
-            CheckpointError: tensors that the model needs are missing, unknown, or of another shape or
-                type; all of them are named.
+            CheckpointError: missing, unknown or different tensors; all of them are named.
         """
         shapes = parameter_shapes(config)
         # A file may hold a tied head all the same: it must then equal the embedding.
@@ -216,7 +215,7 @@ class Source:
 
     def _entry(self, group: Group, key: str, shapes: Mapping[str, tuple[int, ...]]) -> Entry:
         spec, ours = group.files[0].specs[key], self.format.table.ours(key)
-        if ours not in shapes:
+        if ours is None or ours not in shapes:
             return Entry(key, None, spec, None)
         shape, dim = group.shape(key, shapes[ours])
         return Entry(key, ours, TensorSpec(spec.dtype, shape), dim)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mytune.errors import CheckpointError, NumericalError
+from mytune.errors import CheckpointError
 from mytune.modules.decoder import DecoderConfig
-from mytune.training.checkpointing.files import TensorSpec, to_json
+from mytune.training.checkpointing.files import TensorSpec, demand_finite, to_json
 from mytune.training.checkpointing.formats import Table
 from mytune.training.checkpointing.pickle_io import PickledWriter
 from mytune.training.checkpointing.publish import Draft
@@ -68,7 +68,9 @@ class PlannedFiles:
 
 def plan_weights(source: Source, config: DecoderConfig, dtype: torch.dtype) -> Plan:
     """Plan to write a model of `config` in the layout of `source`, cast to `dtype`."""
-    names = iter(source.format.file_name(i + 1, len(source.paths)) for i in range(len(source.paths)))
+    names = iter(
+        source.format.file_name(i + 1, len(source.paths)) for i in range(len(source.paths))
+    )
     files = []
     for group, entries in zip(source.groups, source.entries(config), strict=True):
         files.append(
@@ -87,7 +89,9 @@ def plan_weights(source: Source, config: DecoderConfig, dtype: torch.dtype) -> P
 def _part_spec(entry: Entry, dtype: torch.dtype, parts: int) -> TensorSpec:
     if entry.ours is None:
         return entry.spec
-    shape = (size // parts if dim == entry.dim else size for dim, size in enumerate(entry.spec.shape))
+    shape = (
+        size // parts if dim == entry.dim else size for dim, size in enumerate(entry.spec.shape)
+    )
     return TensorSpec(dtype, tuple(shape))
 
 
@@ -131,15 +135,6 @@ def _parts(
     theirs = plan.table.row(name).to_theirs(tensor, plan.config)
     count = len(files.names)
     yield from [theirs] * count if entry.dim is None else theirs.chunk(count, entry.dim)
-
-
-def demand_finite(name: str, tensor: Tensor) -> None:
-    """Raise NumericalError if a tensor that is about to be saved is not finite."""
-    if not torch.isfinite(tensor).all():
-        raise NumericalError(
-            f"{name} holds NaN or Inf as {tensor.dtype}; nothing was saved, and the checkpoints "
-            "published before are as they were. Lower optimizer.lr or set clip_grad_norm"
-        )
 
 
 def _index(plan: Plan) -> bytes:

@@ -1,0 +1,112 @@
+"""Values that fit the schema's types, and references filled in: OmegaConf's part of the work."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+from mytune.config.schema import Field
+from mytune.config.tree import Tree, lookup
+from mytune.config.types import Path, children
+from mytune.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+MAX_TEXT = 1_000_000  # characters that references may expand to
+
+_OPEN = r"(?<!\\)(?:\\\\)*\$\{"
+_REFERENCE = re.compile(_OPEN + r"([A-Za-z_][\w.-]*)\}")
+_BAD_REFERENCE = re.compile(_OPEN + r"(?!oc\.env:|[A-Za-z_][\w.-]*\})")
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+
+
+def make_typed(tree: Tree) -> DictConfig:
+    """Return an OmegaConf structured config, made from the schema, with the values that fit; others are problems."""
+    from omegaconf import MISSING, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    fields = [(f.name, f.hint, dataclasses.field(default=MISSING)) for f in tree.schema.fields]
+    config: DictConfig = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
+    _check_references(tree, tree.values, ())
+    for field in tree.schema.fields:
+        if tree.sound(field.name):
+            value = tree.values[field.name]
+            try:
+                OmegaConf.update(config, field.name, value, merge=False)
+            except OmegaConfBaseException:
+                tree.problem((field.name,), f"{show(value)} is not {_expected(field, value)}")
+    return config
+
+
+def show(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _expected(field: Field, value: Any) -> str:
+    null = " or null" if field.optional else ""
+    if field.kind.startswith("Literal["):
+        choices = field.kind[len("Literal[") : -1]
+        return f"one of {choices}{null}{did_you_mean(str(value), re.findall(r'[^, ]+', choices.replace(chr(39), '')))}"
+    return _WORDS.get(field.kind, field.kind) + null
+
+
+def _check_references(tree: Tree, node: Any, path: Path) -> None:
+    """Only `${key.key}` and `${oc.env:NAME}`: OmegaConf's other resolvers compute, ours only look up."""
+    for key, child in children(node):
+        _check_references(tree, child, (*path, key))
+    if isinstance(node, str) and _BAD_REFERENCE.search(node):
+        literal = "for the text itself write \\${"
+        tree.problem(path, f"{node!r}: only ${{key}} and ${{oc.env:NAME}} are filled in; {literal}")
+
+
+def resolve(tree: Tree, typed: DictConfig) -> dict[str, Any]:
+    """Return plain values with references filled in; where one cannot be is a problem, and None."""
+    try:
+        _spend(tree.values, tree.values, [MAX_TEXT])
+    except (OverflowError, RecursionError):
+        tree.problems.append("the ${...} references go round in a circle or expand without end")
+        return {}
+    names = [each.name for each in tree.schema.fields if tree.sound(each.name)]
+    return {name: _resolve(tree, typed, name, (name,)) for name in names}
+
+
+def _spend(values: dict[str, Any], node: Any, budget: list[int]) -> None:
+    """Count what `node` stands for once every reference in it is filled in; OverflowError beyond the budget."""
+    budget[0] -= 1 + (len(node) if isinstance(node, str) else 0)
+    if budget[0] < 0:
+        raise OverflowError
+    for _, child in children(node):
+        _spend(values, child, budget)
+    for key in _REFERENCE.findall(node) if isinstance(node, str) else ():
+        with contextlib.suppress(LookupError):  # reported where it is filled in
+            _spend(values, lookup(values, tuple(key.split("."))), budget)
+
+
+def _resolve(tree: Tree, container: Any, key: Any, path: Path) -> Any:
+    from omegaconf import DictConfig, ListConfig
+    from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+    try:
+        value = container[key]
+    except InterpolationToMissingValueError:  # reported where the value is missing
+        tree.broken.add(path)
+        return None
+    except OmegaConfBaseException as error:
+        tree.problem(path, _why(tree, lookup(tree.values, path), str(error)))
+        return None
+    if isinstance(value, DictConfig):
+        return {each: _resolve(tree, value, each, (*path, str(each))) for each in value}
+    if isinstance(value, ListConfig):
+        return [_resolve(tree, value, i, (*path, str(i))) for i in range(len(value))]
+    return value
+
+
+def _why(tree: Tree, text: Any, error: str) -> str:
+    if text == "???":
+        return "has no value yet: write one"
+    line = error.splitlines()[0].rpartition("interpolation: ")[2].strip('"')
+    names = _REFERENCE.findall(text) if isinstance(text, str) else []
+    return f"{text!r}: {line}" + "".join(did_you_mean(name, tree.schema.names) for name in names[:1])
