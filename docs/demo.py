@@ -1,4 +1,4 @@
-"""What `make demo` runs: LoRA teaches the embedded model to write dates, and the difference is shown."""
+"""What `make demo` runs: LoRA teaches the embedded model to write dates; before, after, where."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one line that says what is wrong and how to repair it, and an exit code."""
+"""Errors that a user can act on: what is wrong, how to repair it, and an exit code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 class TuneError(Exception):
     """An error with a message for the user; `tune` prints it without a traceback.
 
-    `details` are further lines, used only for lists (all problems of a config, all mismatched tensors).
+    `details` are further lines, only for lists: all problems of a config, all mismatched tensors.
     """
 
     exit_code = 70

@@ -1,7 +1,7 @@
 """Fine-tune a language model: all weights, LoRA, DoRA or QLoRA, in one loop.
 
-The model component decides what is trained: `llama3_8b` trains every weight, `lora_llama3_8b` adapters,
-`qlora_llama3_8b` adapters beside 4-bit weights.
+The model component decides what is trained: `llama3_8b` trains every weight, `lora_llama3_8b`
+adapters, `qlora_llama3_8b` adapters beside 4-bit weights.
 
     tune run lora_finetune_single_device --config llama3/8B_lora_single_device
     tune run full_finetune_single_device --config llama3/8B_full_single_device epochs=3
@@ -94,7 +94,7 @@ class Config:
     # Continue from the newest good checkpoint in checkpointer.output_dir, at the very next step.
     resume_from_checkpoint: bool = False
 
-    # Builder of the model: llama3_8b trains all weights, lora_llama3_8b adapters, qlora_... on 4 bits.
+    # Builder of the model: llama3_8b trains all weights, lora_... adapters, qlora_... on 4 bits.
     model: Component
     # Tokenizer and its file; max_seq_len cuts longer rows and is the length of packed ones.
     tokenizer: Component
@@ -141,7 +141,7 @@ class Config:
     dtype: str = "bf16"
     # Compile each block with torch.compile.
     compile: bool = False
-    # Keep only each block's input for the backward pass and recompute the rest: less memory, more time.
+    # Keep only each block's input and recompute the rest in the backward pass: less memory.
     enable_activation_checkpointing: bool = False
     # Keep in the CPU's memory what the backward pass needs.
     enable_activation_offloading: bool = False
@@ -382,7 +382,7 @@ def remaining_steps(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch, and with it the places of its trained tokens, so that the device need not look."""
+    """Move a batch, with the places of its trained tokens, so that the device need not look."""
     batch = {**batch, "target_index": target_index(batch["labels"])}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 

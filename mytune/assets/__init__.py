@@ -1,4 +1,4 @@
-"""What the package carries: a small Llama 3 in `tiny/`, the demo's data in `dates/`, and how both are made."""
+"""What the package carries: a small Llama 3 in `tiny/`, data in `dates/`, how both are made."""
 
 from __future__ import annotations
 

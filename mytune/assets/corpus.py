@@ -1,4 +1,4 @@
-"""Text and instructions that the embedded model is trained on, and the demo's task: all written here, from a seed."""
+"""The embedded model's text and instructions, and the demo's task: all written from a seed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ MONTHS = (
 ).split()
 NAMES = "Anna Ben Clara David Eva Frank Grace Hugo Iris Jack Kate Leo Mia Noah Olga Paul".split()
 PLACES = {
-    "Lisbon": "Portugal", "Paris": "France", "Rome": "Italy", "Madrid": "Spain", "Vienna": "Austria",
-    "Athens": "Greece", "Cairo": "Egypt", "Tokyo": "Japan", "Lima": "Peru", "Oslo": "Norway",
+    "Lisbon": "Portugal", "Paris": "France", "Rome": "Italy", "Madrid": "Spain",
+    "Vienna": "Austria", "Athens": "Greece", "Cairo": "Egypt", "Tokyo": "Japan",
+    "Lima": "Peru", "Oslo": "Norway",
 }  # fmt: skip
 THINGS = "apples pears lemons books candles flowers stamps shells eggs cups spoons hats".split()
 NUMBERS = "two three four five six seven eight nine ten eleven twelve".split()

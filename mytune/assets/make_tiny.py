@@ -1,4 +1,4 @@
-"""Make the embedded model from nothing: `python -m mytune.assets.make_tiny` (needs the extra `[dev]`).
+"""Make the embedded model from nothing: `make tiny` (needs the extra `[dev]`).
 
 Writes text and instructions, makes a tokenizer and random weights, trains them with the full
 fine-tuning recipe, and puts the result into `mytune/assets/tiny`. Takes some minutes.
@@ -57,8 +57,12 @@ checkpointer:
   checkpoint_dir: {work}/start
   output_dir: {work}/run
 dataset:
-  - {{_component_: mytune.datasets.text_completion_dataset, source: {work}/text.jsonl, packed: true}}
-  - {{_component_: mytune.datasets.instruct_dataset, source: {work}/rows.jsonl, packed: true}}
+  - _component_: mytune.datasets.text_completion_dataset
+    source: {work}/text.jsonl
+    packed: true
+  - _component_: mytune.datasets.instruct_dataset
+    source: {work}/rows.jsonl
+    packed: true
 optimizer: {{_component_: torch.optim.AdamW, lr: 3e-3, betas: [0.9, 0.95], fused: true}}
 lr_scheduler:
   _component_: mytune.training.lr_schedulers.get_cosine_schedule_with_warmup

@@ -1,1 +1,7 @@
 """The `tune` command, one file per verb; imports no torch."""
+
+from mytune._lazy import lazy_names
+
+__all__ = ["run_recipe"]
+
+__getattr__ = lazy_names(__name__, {"run_recipe": "run"})

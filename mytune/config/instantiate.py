@@ -18,7 +18,16 @@ from mytune.config.types import KEY
 from mytune.errors import ConfigError, ResourceError, did_you_mean
 
 # Of mytune only what a run is made of: `mytune.cli` could be made to run any file.
-_OURS = "models modules tokenizers datasets training quantization generation evaluation".split()
+_OURS = (
+    "models",
+    "modules",
+    "tokenizers",
+    "datasets",
+    "training",
+    "quantization",
+    "generation",
+    "evaluation",
+)
 _OTHERS = ["torch.optim", "torch.nn", "torchao", "bitsandbytes.optim"]
 _PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
 _INSTALL = {"torchao": "pip install 'mytune[quantize]'"}
@@ -27,7 +36,7 @@ _allowed_by_user: set[str] = set()
 
 
 def allow(names: Iterable[str]) -> None:
-    """Let components of these packages be built in this process: the user's own command line says so."""
+    """Let this process build components of these packages: the user's command line says so."""
     _allowed_by_user.update(names)
 
 
@@ -40,14 +49,14 @@ def refusal(name: str) -> str | None:
     if any(name.startswith(f"{prefix}.") for prefix in allowed) or local_file(name):
         return None
     return (
-        f"{name!r} is not allowed{did_you_mean(parts[0], _PACKAGES - {parts[0]})}; components come from mytune, "
-        f"{', '.join(_OTHERS)} or a Python file below the current directory; "
+        f"{name!r} is not allowed{did_you_mean(parts[0], _PACKAGES - {parts[0]})}; components come "
+        f"from mytune, {', '.join(_OTHERS)} or a Python file below the current directory; "
         f"--allow-component {parts[0]} lets this one in"
     )
 
 
 def local_file(name: str) -> tuple[Path, str] | None:
-    """Return the file below the current directory that a dotted name points into, and its module's name."""
+    """Return the file below the current directory that `name` points into, and its module's name."""
     parts = name.split(".")
     here = Path.cwd().resolve()
     for end in range(len(parts) - 1, 0, -1) if parts[0] not in _PACKAGES else ():
@@ -61,8 +70,8 @@ def local_file(name: str) -> tuple[Path, str] | None:
 def find_component(name: str) -> Any:
     """Import and return what `name` names.
 
-    Raises `ConfigError` for a name that is unknown or not allowed, or whose object comes from elsewhere than the
-    name says (`torch.nn.modules.os.system`), `ResourceError` for a package that is not installed.
+    Raises `ConfigError` for a name that is unknown or not allowed, or whose object comes from
+    elsewhere (`torch.nn.modules.os.system`), `ResourceError` for a package that is not installed.
     """
     if why := refusal(name):
         raise ConfigError(why)
@@ -72,7 +81,9 @@ def find_component(name: str) -> Any:
         try:
             found = getattr(found, attribute)
         except AttributeError:
-            raise ConfigError(f"unknown component {name!r}{_nearest(name, found, attribute)}") from None
+            raise ConfigError(
+                f"unknown component {name!r}{_nearest(name, found, attribute)}"
+            ) from None
         except ImportError as error:
             raise _not_importable(name, error) from error
     if not callable(found):
@@ -83,7 +94,7 @@ def find_component(name: str) -> Any:
 
 
 def _import_module(name: str) -> tuple[ModuleType, list[str]]:
-    """Import the longest part of `name` that is a module; return it and the attributes that are left."""
+    """Import the longest part of `name` that is a module; return it and the attributes left."""
     parts = name.split(".")
     if local := local_file(name):
         return _import_local(*local), parts[local[1].count(".") + 1 :]
@@ -92,7 +103,9 @@ def _import_module(name: str) -> tuple[ModuleType, list[str]]:
         try:
             return importlib.import_module(module), parts[end:]
         except ImportError as error:
-            inside = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+            inside = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
+                f"{error.name}."
+            )
             if not inside or end == 1:
                 raise _not_importable(name, error) from error
     raise AssertionError(name)
@@ -100,11 +113,15 @@ def _import_module(name: str) -> tuple[ModuleType, list[str]]:
 
 def _import_local(file: Path, module: str) -> ModuleType:
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # last: a file here never stands in for an installed package
+        sys.path.append(
+            str(Path.cwd())
+        )  # last: a file here never stands in for an installed package
     importlib.invalidate_caches()
     spec = find_spec(module.split(".")[0])
     places = [spec.origin or "", *(spec.submodule_search_locations or ())] if spec else []
-    if not any(place and Path(place).resolve().is_relative_to(Path.cwd().resolve()) for place in places):
+    if not any(
+        place and Path(place).resolve().is_relative_to(Path.cwd().resolve()) for place in places
+    ):
         raise ConfigError(f"{file} is hidden by another module called {module!r}: rename the file")
     return importlib.import_module(module)
 
@@ -138,9 +155,10 @@ def _foreign(found: Any) -> str | None:
 
 
 def instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
-    """Build a component: call what `_component_` names with `args`, the node's arguments and `kwargs` (which win).
+    """Build a component: call it with `args`, the node's own arguments, and `kwargs`, which win.
 
-    Components inside the arguments are built first. None gives None; a list of components a list of objects.
+    Components inside the arguments are built first. None gives None, a list a list of objects.
+    Raises `ConfigError` for arguments that it does not take, and what `find_component` raises.
     """
     if node is None:
         return None

@@ -15,7 +15,7 @@ from mytune.config.redact import redact
 from mytune.config.schema import Schema, read_schema
 from mytune.config.torchtune import RETIRED, our_name
 from mytune.config.tree import Tree, merge
-from mytune.config.typed import make_typed, resolve, show
+from mytune.config.typed import bad_reference, make_typed, resolve, show
 from mytune.config.types import KEY, Path, components
 from mytune.config.yaml_text import read_yaml, write_yaml
 from mytune.errors import ConfigError, did_you_mean
@@ -51,7 +51,7 @@ class LoadedConfig:
         return str(redact(self.tree.where(tuple(key.split(".")))))
 
     def to_yaml(self, sort: bool = False) -> str:
-        """Return the whole config with each key's comment above it; `${...}` is kept, secrets are hidden."""
+        """Return the whole config, each key below its comment; keeps `${...}`, hides secrets."""
         from omegaconf import OmegaConf
 
         values = redact(OmegaConf.to_container(self.typed))
@@ -59,7 +59,9 @@ class LoadedConfig:
         text, section, was_block = "", "", False
         for field in sorted(fields, key=lambda each: each.name) if sort else fields:
             is_block = isinstance(values[field.name], dict) and len(values[field.name]) > 0
-            heading = f"# {field.section}\n\n" if not sort and field.section not in ("", section) else ""
+            heading = (
+                f"# {field.section}\n\n" if not sort and field.section not in ("", section) else ""
+            )
             text += "\n" if text and (heading or is_block or was_block) else ""
             text += heading + "".join(f"# {line}\n" for line in field.comment.splitlines())
             text += write_yaml({field.name: values[field.name]})
@@ -74,7 +76,7 @@ def load_config(
     *,
     allow_components: Sequence[str] = (),
 ) -> LoadedConfig:
-    """Return the config, or raise a `ConfigError` that lists everything wrong with it; imports no component."""
+    """Return the config or raise a `ConfigError` that lists all that is wrong; imports no component."""
     loaded = read_config(recipe_file, config_file, overrides, allow_components=allow_components)
     if loaded.problems:
         raise config_error(loaded.problems)
@@ -95,7 +97,7 @@ def read_config(
     *,
     allow_components: Sequence[str] = (),
 ) -> LoadedConfig:
-    """Like `load_config`, but leaves the problems in the result, where `check_components` can add to them."""
+    """Like `load_config`, but leaves the problems in the result; `check_components` has more."""
     schema = read_schema(recipe_file)
     allow(allow_components)
     tree = Tree(schema, {f.name: copy.deepcopy(f.default) for f in schema.fields if not f.required})
@@ -124,14 +126,17 @@ def _read_file(tree: Tree, file: File) -> None:
 
 
 def _translate(tree: Tree, node: Any, path: Path) -> Any:
-    """Return `node` with torchtune's names replaced by ours, and say so."""
+    """Return `node` with our names for torchtune's, and without references of a wrong kind."""
     if isinstance(node, dict):
         return {key: _translate(tree, value, (*path, key)) for key, value in node.items()}
     if isinstance(node, list):
         return [_translate(tree, value, (*path, str(i))) for i, value in enumerate(node)]
-    if not isinstance(node, str) or not (path[-1] == KEY or node.startswith("torchtune.")):
+    if not isinstance(node, str):
         return node
-    name = our_name(node)
+    if why := bad_reference(node):
+        tree.problem(path, why)
+        return None
+    name = our_name(node) if path[-1] == KEY or node.startswith("torchtune.") else node
     if name != node and (notice := f"{node} is {name} here") not in tree.notices:
         tree.notices.append(notice)
     return name
@@ -155,14 +160,20 @@ def _check_keys(tree: Tree, config_file: File | None) -> None:
         if field.name not in tree.values:
             about = f": {field.comment.splitlines()[0]}" if field.comment else ""
             where = config_file.name if config_file else tree.schema.file.name
-            tree.problems.append(f"{where}: the key {field.name!r} is missing ({field.type}{about})")
+            tree.problems.append(
+                f"{where}: the key {field.name!r} is missing ({field.type}{about})"
+            )
 
 
 def _check_components(tree: Tree, resolved: dict[str, Any]) -> None:
     """Report component keys that hold no component, and components that may not be built."""
     for field in tree.schema.fields:
         value = resolved.get(field.name)
-        if not field.is_component or not tree.sound(field.name) or (value is None and field.optional):
+        if (
+            not field.is_component
+            or not tree.sound(field.name)
+            or (value is None and field.optional)
+        ):
             continue
         nodes = value if isinstance(value, list) and value else [value]
         if not all(isinstance(each, dict) and KEY in each for each in nodes):

@@ -32,7 +32,7 @@ class Override:
 
 
 def apply_overrides(tree: Tree, texts: Sequence[str]) -> None:
-    """Apply removals, then component swaps (outer before inner), then values, each in the order given."""
+    """Apply removals, then component swaps (outer ones first), then values, in the order given."""
     parsed = []
     for text in texts:
         try:
@@ -42,12 +42,16 @@ def apply_overrides(tree: Tree, texts: Sequence[str]) -> None:
     removals = [each for each in parsed if each.remove]
     swaps = [each for each in parsed if not each.remove and _is_swap(tree, each)]
     values = [each for each in parsed if each not in removals and each not in swaps]
-    steps = [(_remove, each) for each in removals]
-    steps += [(_swap, each) for each in sorted(swaps, key=lambda each: len(each.path))]
-    steps += [(_set, each) for each in values]
-    for step, override in steps:
+    swaps.sort(key=lambda each: len(each.path))
+    for override in [*removals, *swaps, *values]:
         try:
-            step(tree, override, parsed)
+            if override in removals:
+                _remove(tree, override)
+            elif override in swaps:
+                _swap(tree, override, parsed)
+            else:
+                put(tree.values, override.path, merge(_old(tree, override.path), override.value))
+            tree.place(override.path, override.where)
         except (ValueError, IndexError) as error:
             tree.problems.append(f"{override.where}: {error}")
 
@@ -60,7 +64,9 @@ def _parse(text: str, schema: Schema) -> Override:
     path = tuple(name.split("."))
     if key.startswith("~"):
         if equals:
-            raise ValueError(f"~{name} removes a key and takes no value; to set it write {name}={raw}")
+            raise ValueError(
+                f"~{name} removes a key and takes no value; to set it write {name}={raw}"
+            )
         return Override(text, path, remove=True)
     if not raw:
         raise ValueError(f"no value; write {name}=null for none, {name}='\"\"' for an empty text")
@@ -101,20 +107,15 @@ def _swap(tree: Tree, override: Override, parsed: list[Override]) -> None:
     if our_name(str(old.get(KEY))) == our_name(override.value):
         return
     put(tree.values, path, {KEY: override.value})
-    tree.place(path, override.where)
-    given = {each.path[len(path)] for each in parsed if len(each.path) > len(path) and each.path[: len(path)] == path}
-    if dropped := [key for key in old if key != KEY and key not in given]:
+    inside = [each.path for each in parsed if each.path[: len(path)] == path != each.path]
+    if dropped := old.keys() - {KEY} - {each[len(path)] for each in inside}:
         keep = f"{dotted(path)}.{KEY}={override.value}"
-        tree.notices.append(f"{override.where}: dropped {', '.join(dropped)} of the old one; to keep them: {keep}")
+        what = f"dropped {', '.join(sorted(dropped))} of the component before"
+        tree.notices.append(f"{override.where}: {what}; to keep its arguments write {keep}")
 
 
-def _set(tree: Tree, override: Override, _: list[Override]) -> None:
-    put(tree.values, override.path, merge(_old(tree, override.path), override.value))
-    tree.place(override.path, override.where)
-
-
-def _remove(tree: Tree, override: Override, _: list[Override]) -> None:
-    """Remove an argument or an unknown key; of the recipe's keys make an optional one null, another its default."""
+def _remove(tree: Tree, override: Override) -> None:
+    """Remove an argument or an unknown key; make an optional key null, another its default."""
     path, name = override.path, dotted(override.path)
     field = tree.schema.names.get(name)
     if field is None:
@@ -125,16 +126,16 @@ def _remove(tree: Tree, override: Override, _: list[Override]) -> None:
         raise ValueError(f"{name} is required; to change it write {name}=...")
     else:
         tree.values[name] = field.default
-    tree.place(path, override.where)
 
 
 def _delete(tree: Tree, path: Path) -> None:
     if path[-1] == KEY:
-        raise ValueError(f"a component needs its {KEY}; to remove it all write ~{dotted(path[:-1])}")
+        raise ValueError(
+            f"a component needs its {KEY}; to remove it all write ~{dotted(path[:-1])}"
+        )
     parent = _old(tree, path[:-1])
     if isinstance(parent, dict) and path[-1] not in parent:
-        known = [dotted((*path[:-1], key)) for key in parent]
-        raise ValueError("there is no such key" + did_you_mean(dotted(path), known))
+        raise ValueError("there is no such key" + did_you_mean(path[-1], parent))
     if not isinstance(parent, dict | list):
         raise ValueError(f"{dotted(path[:-1])} has no keys")
     del parent[slot(parent, path[-1])]

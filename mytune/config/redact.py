@@ -1,4 +1,4 @@
-"""Secrets kept out of logs, saved configs and errors: known by their key, by their value, by their shape."""
+"""Secrets kept out of logs, saved configs and errors: known by key, by value, by shape."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ _ASSIGNED = re.compile(
     re.IGNORECASE,
 )
 _SHAPE = re.compile(r"\bhf_\w{16,}|\bsk-[\w-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-_VARIABLE = re.compile(r"(?:\w*_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|(?:API|ACCESS|SECRET)_?KEY)")
+_VARIABLE = re.compile(
+    r"(?:\w*_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|(?:API|ACCESS|SECRET)_?KEY)"
+)
 
 
 def redact(value: Any) -> Any:
     """Return `value` (text, or plain mappings and lists of it) with every secret replaced.
 
-    A secret is what stands under a key like `token` or `api_key`, what an environment variable like `HF_TOKEN`
-    holds, and what looks like a token or a password in a URL. `${...}` stays: it holds no secret.
+    A secret is what stands under a key like `token` or `api_key`, what an environment variable
+    like `HF_TOKEN` holds, and what looks like a token or a password in a URL. `${...}` stays.
     """
     return _redact(value, _environment_secrets())
 
@@ -50,6 +52,6 @@ def _is_secret(key: object, value: object) -> bool:
 
 
 def _environment_secrets() -> list[str]:
-    """Return the values of variables named like secrets, longest first; short ones would hide ordinary words."""
+    """Return what variables named like secrets hold; a short one would hide ordinary words."""
     found = [v for k, v in os.environ.items() if len(v) >= 8 and _VARIABLE.fullmatch(k)]
     return sorted(found, key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""The schema of a recipe: its `Config` dataclass, read from the source without running any of it."""
+"""The schema of a recipe: its `Config` dataclass, read from the source; nothing is run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ _HINTS: dict[str, Any] = {
     "Component": dict[str, Any],
     "Components": Any,  # OmegaConf has no union of containers; `load` looks at the shape
 }
-_ALLOWED = "int, float, str, bool, Any, Literal[...], list[...], dict[str, ...], Component, Components, X | None"
-_NOT_LITERAL = "a default is a literal, component(...) or field(default_factory=lambda: ...): a recipe is not run to read it"
+_ALLOWED = f"{', '.join(_HINTS)}, Literal[...], list[...], dict[str, ...], X | None"
+_NOT_LITERAL = (
+    "a default is a literal, component(...) or field(default_factory=lambda: ...), "
+    "because a recipe is read without running it"
+)
 
 
 @dataclass(frozen=True)
 class Field:
-    """One key of a config: `type` as written, `hint` as a type, the comment and the section above it."""
+    """One key: `type` as written, `hint` as a type, its comment, the section it is in."""
 
     name: str
     type: str
@@ -57,7 +60,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Supplied:
-    """What a recipe adds to a component's own arguments when it calls `instantiate(cfg.key, ...)`."""
+    """What a recipe adds to a component's arguments when it calls `instantiate(cfg.key, ...)`."""
 
     positional: int
     keywords: frozenset[str]
@@ -146,8 +149,8 @@ def _hint(node: ast.expr) -> Any:
     raise ValueError(ast.unparse(node))
 
 
-def _union(*options: Any) -> Any:
-    found = typing.Union[options]  # noqa: UP007
+def _union(left: Any, right: Any) -> Any:
+    found = left | right
     members = [each for each in typing.get_args(found) if each is not type(None)]
     if len(members) > 1 and not all(each in (int, float, str, bool) for each in members):
         raise ValueError("OmegaConf has unions of scalars only")
@@ -183,7 +186,7 @@ def _comments(source: str) -> dict[int, tuple[str, bool]]:
 
 
 def _comment(comments: dict[int, tuple[str, bool]], start: int, line: int) -> tuple[str, str]:
-    """Return the comment and the section heading of the field at `line`; `start` follows the one before."""
+    """Return comment and section heading of the field at `line`; the one before ends at `start`."""
     section, block = "", []
     for each in range(start, line):
         text, alone = comments.get(each, ("", False))

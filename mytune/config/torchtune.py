@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-# A name that ends in a dot is a prefix; the longest one wins. What is not listed keeps its path below the package.
+# A name that ends in a dot is a prefix; the longest one wins.
 NAMES = {
     "torchtune.": "mytune.",
     "torchtune.data.": "mytune.datasets.",
     "torchtune.utils.": "mytune.training.",
     "torchtune.utils.quantization.": "mytune.quantization.",
     "torchtune.training.quantization.": "mytune.quantization.",
-    "torchtune.modules.get_cosine_schedule_with_warmup": "mytune.training.get_cosine_schedule_with_warmup",
+    "torchtune.modules.get_cosine_schedule_with_warmup": (
+        "mytune.training.get_cosine_schedule_with_warmup"
+    ),
     "torchtune.modules.loss.CEWithChunkedOutputLoss": "mytune.modules.loss.LinearCrossEntropyLoss",
     "torch.nn.CrossEntropyLoss": "mytune.modules.loss.LinearCrossEntropyLoss",
 }
@@ -27,15 +29,21 @@ class Retired(NamedTuple):
 RETIRED = {
     "low_cpu_ram": Retired(None, "weights are always memory-mapped"),
     "custom_sharded_layers": Retired(None, "each block, the embedding and the output are sharded"),
-    "memory_efficient_fsdp_wrap": Retired(None, "each block, the embedding and the output are sharded"),
+    "memory_efficient_fsdp_wrap": Retired(
+        None, "each block, the embedding and the output are sharded"
+    ),
     "fsdp": Retired(None, "torchtune 0.6 ignores it too"),
     "fsdp_cpu_offload": Retired((False, None), "parameters stay on the device"),
     "fsdp_reshard_after_forward": Retired(None, "it changes memory, never a result"),
-    "enable_async_checkpointing": Retired(None, "it changes when a file is written, never what is in it"),
+    "enable_async_checkpointing": Retired(
+        None, "it changes when a file is written, never what is in it"
+    ),
     "activation_offloading_use_streams": Retired(None, "it changes speed, never a result"),
     "ac_mode": Retired(None, "enable_activation_checkpointing decides"),
     "ac_option": Retired(None, "enable_activation_checkpointing decides"),
-    "collate_fn": Retired((None, "mytune.datasets.padded_collate_sft"), "batches are made in one way"),
+    "collate_fn": Retired(
+        (None, "mytune.datasets.padded_collate_sft"), "batches are made in one way"
+    ),
     "tensor_parallel_dim": Retired((1, None), "there is no tensor parallelism"),
     "tensor_parallel_plan": Retired(None, "there is no tensor parallelism"),
     "context_parallel_dim": Retired((1, None), "there is no context parallelism"),

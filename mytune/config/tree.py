@@ -1,4 +1,4 @@
-"""A config while it is put together: its values, the place that set each, what is wrong, what to tell."""
+"""A config while it is put together: values, what set each, what is wrong with them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class Tree:
     broken: set[Path] = field(default_factory=set)
 
     def where(self, path: Path) -> str:
-        """Return the place of the nearest enclosing key that somebody set."""
+        """Return the place that set `path`, a key around it, or else a key in it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
-        return f"default of recipe {self.schema.file.name}"
+        inside = (where for key, where in self.places.items() if key[: len(path)] == path)
+        return next(inside, f"default of recipe {self.schema.file.name}")
 
     def place(self, path: Path, where: str) -> None:
         """Note that `where` set all that is at `path`."""
@@ -37,12 +38,12 @@ class Tree:
         self.problems.append(f"{self.where(path)}: {dotted(path)}: {text}")
 
     def sound(self, name: str) -> bool:
-        """Is there a value for this top-level key, with nothing wrong in it so far?"""
-        return name in self.values and not any(path[0] == name for path in self.broken)
+        """Is there a value for this top-level key, of a kind that can be used?"""
+        return name in self.values and (name,) not in self.broken
 
 
 def merge(base: Any, new: Any) -> Any:
-    """Lay `new` over `base`. A component that is named anew keeps nothing of the one it replaces."""
+    """Lay `new` over `base`; a component that is named keeps nothing of the one it replaces."""
     if not isinstance(base, dict) or not isinstance(new, dict) or KEY in new:
         return new
     return base | {key: merge(base.get(key), value) for key, value in new.items()}
@@ -58,7 +59,7 @@ def lookup(values: Any, path: Path) -> Any:
 
 
 def put(values: Any, path: Path, value: Any) -> None:
-    """Set what stands at `path`, making mappings on the way; IndexError for a list that has no such index."""
+    """Set what stands at `path`, making mappings on the way; IndexError if a list is shorter."""
     for part in path[:-1]:
         here = slot(values, part)
         inner = values[here] if isinstance(values, list) else values.get(here)

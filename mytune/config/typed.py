@@ -24,13 +24,12 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def make_typed(tree: Tree) -> DictConfig:
-    """Return an OmegaConf structured config, made from the schema, with the values that fit; others are problems."""
+    """Return a structured config with the values that fit the schema; the others are problems."""
     from omegaconf import MISSING, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     fields = [(f.name, f.hint, dataclasses.field(default=MISSING)) for f in tree.schema.fields]
     config: DictConfig = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
-    _check_references(tree, tree.values, ())
     for field in tree.schema.fields:
         if tree.sound(field.name):
             value = tree.values[field.name]
@@ -49,17 +48,17 @@ def _expected(field: Field, value: Any) -> str:
     null = " or null" if field.optional else ""
     if field.kind.startswith("Literal["):
         choices = field.kind[len("Literal[") : -1]
-        return f"one of {choices}{null}{did_you_mean(str(value), re.findall(r'[^, ]+', choices.replace(chr(39), '')))}"
+        near = did_you_mean(str(value), re.findall(r"'([^']*)'", choices))
+        return f"one of {choices}{null}{near}"
     return _WORDS.get(field.kind, field.kind) + null
 
 
-def _check_references(tree: Tree, node: Any, path: Path) -> None:
-    """Only `${key.key}` and `${oc.env:NAME}`: OmegaConf's other resolvers compute, ours only look up."""
-    for key, child in children(node):
-        _check_references(tree, child, (*path, key))
-    if isinstance(node, str) and _BAD_REFERENCE.search(node):
-        literal = "for the text itself write \\${"
-        tree.problem(path, f"{node!r}: only ${{key}} and ${{oc.env:NAME}} are filled in; {literal}")
+def bad_reference(text: str) -> str | None:
+    """Return what is wrong with a `${...}` in `text`: OmegaConf's other resolvers stay out."""
+    if not _BAD_REFERENCE.search(text):
+        return None
+    allowed = "only ${key} and ${oc.env:NAME} are filled in; for the text itself write \\${"
+    return f"{text!r}: {allowed}"
 
 
 def resolve(tree: Tree, typed: DictConfig) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def resolve(tree: Tree, typed: DictConfig) -> dict[str, Any]:
 
 
 def _spend(values: dict[str, Any], node: Any, budget: list[int]) -> None:
-    """Count what `node` stands for once every reference in it is filled in; OverflowError beyond the budget."""
+    """Count what `node` stands for with its references filled in; OverflowError beyond `budget`."""
     budget[0] -= 1 + (len(node) if isinstance(node, str) else 0)
     if budget[0] < 0:
         raise OverflowError
@@ -108,5 +107,5 @@ def _why(tree: Tree, text: Any, error: str) -> str:
     if text == "???":
         return "has no value yet: write one"
     line = error.splitlines()[0].rpartition("interpolation: ")[2].strip('"')
-    names = _REFERENCE.findall(text) if isinstance(text, str) else []
-    return f"{text!r}: {line}" + "".join(did_you_mean(name, tree.schema.names) for name in names[:1])
+    name = _REFERENCE.search(str(text))
+    return f"{text!r}: {line}" + (did_you_mean(name[1], tree.schema.names) if name else "")

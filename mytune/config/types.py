@@ -1,4 +1,4 @@
-"""What recipes and configs mean by a component: a mapping whose `_component_` names what to build."""
+"""Components as plain values: mappings whose `_component_` names what to build."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dotted(path: Path) -> str:
 
 
 def children(node: Any) -> list[tuple[str, Any]]:
-    """Return the keys (or indices, as text) and values of a mapping or list; nothing for a scalar."""
+    """Return the keys (indices as text) and values of a mapping or list; nothing for a scalar."""
     if isinstance(node, dict):
         return list(node.items())
     return [(str(i), item) for i, item in enumerate(node)] if isinstance(node, list) else []

@@ -12,7 +12,7 @@ from mytune.config.types import Path, dotted
 
 MAX_NODES = 20_000  # what a file may expand to through its aliases
 
-# YAML 1.1 as torchtune's users know it, but `1e-4` is a number, `00005` and `12:30` are text, `None` is null.
+# YAML 1.1, but `1e-4` is a number, `00005` and `12:30` are text, `None` is null.
 _PLAIN = [
     ("null", r"~|null|Null|NULL|None|", "~nN"),
     (
@@ -32,7 +32,7 @@ _PLAIN = [
 
 
 class _Loader(yaml.SafeLoader):
-    """Notes explicit tags instead of obeying them. (libyaml is faster, but deep nesting crashes it.)"""
+    """Notes explicit tags instead of obeying them. (libyaml is faster: deep nesting crashes it.)"""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own name for it)
 
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         self.tags: list[tuple[int, str]] = []
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
             self.tags.append((event.start_mark.line + 1, event.tag))
             event.tag = None
@@ -57,7 +57,7 @@ class _Dumper(yaml.SafeDumper):
 
 for _tag, _pattern, _first in _PLAIN:
     for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
+        _class.add_implicit_resolver(
             f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, ""]
         )
 
@@ -72,7 +72,7 @@ _Dumper.add_representer(list, _represent_list)
 
 @dataclass
 class Document:
-    """What a YAML file says: plain values, the line of every key, and what is wrong (line, text)."""
+    """What a YAML file says: plain values, the line of each key, what is wrong (line, text)."""
 
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[Path, int] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Document:
 
 
 def read_yaml(text: str) -> Document:
-    """Read one mapping with text keys; duplicate keys, tags, cycles and alias bombs are problems."""
+    """Read a mapping with text keys; duplicate keys, tags, cycles, alias bombs are problems."""
     document = Document()
     try:
         loader = _Loader(text)
@@ -125,7 +125,7 @@ class _Reader:
 
     def scalar(self, node: yaml.Node) -> Any:
         try:
-            return self.loader.construct_object(node)  # type: ignore[no-untyped-call]
+            return self.loader.construct_object(node)
         except ValueError:  # more digits than Python converts
             self.problem(node, "not a number that can be used")
             return None
@@ -159,7 +159,7 @@ class _Reader:
 
 
 def read_value(text: str) -> Any:
-    """Read an override's value: null, a boolean, a number, a quoted text, a `[list]`, a `{mapping}`; else text.
+    """Read an override's value: null, boolean, number, "text", [list], {mapping}; else it is text.
 
     Raises ValueError if a list or mapping is malformed.
     """
@@ -169,14 +169,14 @@ def read_value(text: str) -> Any:
             return document.values["value"]
         if text[0] in "[{":
             raise ValueError(
-                "not a YAML list or mapping; a text goes in quotes, also from the shell: 'key=\"[...\"'"
+                "not a YAML list or mapping; for a text that begins so, quote it twice"
             )
         return text
     loader = _Loader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
     if tag == "tag:yaml.org,2002:merge":
         return text
-    return loader.construct_object(yaml.ScalarNode(tag, text))  # type: ignore[no-untyped-call]
+    return loader.construct_object(yaml.ScalarNode(tag, text))
 
 
 def write_yaml(values: dict[str, Any]) -> str:

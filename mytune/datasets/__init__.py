@@ -35,5 +35,5 @@ _WHERE = {
     "validate_messages": "formats",
     "wikitext_dataset": "builders",
 }
-__all__ = list(_WHERE)  # noqa: PLE0604
+__all__ = list(_WHERE)
 __getattr__ = lazy_names(__name__, _WHERE)

@@ -1,4 +1,4 @@
-"""Formats of conversations: a row's columns become messages. Alpaca, input and output, ShareGPT, OpenAI."""
+"""Formats of conversations: Alpaca, input and output, ShareGPT, OpenAI; a row becomes messages."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ Columns = Mapping[str, Any]
 
 # The text that Alpaca models are trained with: https://github.com/tatsu-lab/stanford_alpaca
 _ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 _ALPACA = (
@@ -83,12 +83,12 @@ class AlpacaToMessages:
         """Return the prompt and the answer."""
         column = {"instruction": "instruction", "input": "input", "output": "output"}
         column |= self.column_map or {}
-        more = _text(row, column["input"]) if row.get(column["input"]) else ""
+        more = text_of(row, column["input"]) if row.get(column["input"]) else ""
         prompt = _ALPACA_WITH_INPUT if more else _ALPACA
-        content = prompt.format(instruction=_text(row, column["instruction"]), input=more)
+        content = prompt.format(instruction=text_of(row, column["instruction"]), input=more)
         return [
             Message("user", content, masked=not self.train_on_input),
-            Message("assistant", _text(row, column["output"])),
+            Message("assistant", text_of(row, column["output"])),
         ]
 
 
@@ -114,8 +114,8 @@ class InputOutputToMessages:
         column = {"input": "input", "output": "output"} | dict(self.column_map or {})
         return [
             *_system(self.new_system_prompt),
-            Message("user", _text(row, column["input"]), masked=not self.train_on_input),
-            Message("assistant", _text(row, column["output"])),
+            Message("user", text_of(row, column["input"]), masked=not self.train_on_input),
+            Message("assistant", text_of(row, column["output"])),
         ]
 
 
@@ -133,12 +133,12 @@ class _ConversationToMessages:
     column_map: ColumnMap = None
     new_system_prompt: str | None = None
 
-    def __post_init__(self) -> None:
-        _check_map(self.column_map, (self._column,))
-
-    # Class attributes of the formats below: the column, the keys of a turn, and the roles it may name.
+    # What a format sets: its column, the keys of a turn, and the roles that a turn may name.
     _column = _role_key = _text_key = ""
     _roles = _OPENAI_ROLES
+
+    def __post_init__(self) -> None:
+        _check_map(self.column_map, (self._column,))
 
     def __call__(self, row: Columns) -> list[Message]:
         """Return the turns."""
@@ -160,7 +160,7 @@ class _ConversationToMessages:
         name = str(turn[self._role_key])
         if name not in self._roles:
             raise DataError(
-                f"role {name!r} is none of {', '.join(self._roles)}{did_you_mean(name, self._roles)}"
+                f"role {name!r} is not one of {', '.join(self._roles)}"
             )
         role = self._roles[name]
         content = _joined(turn.get(self._text_key))
@@ -174,14 +174,9 @@ class ShareGPTToMessages(_ConversationToMessages):
 
 
 class OpenAIToMessages(_ConversationToMessages):
-    """Column `messages`: turns `{"role": "user", "content": "..."}`; content may be a list of text parts."""
+    """Column `messages`: turns `{"role": "user", "content": "..."}`; content may be text parts."""
 
     _column, _role_key, _text_key, _roles = "messages", "role", "content", _OPENAI_ROLES
-
-
-def text_of(row: Columns, column: str) -> str:
-    """Return a text column. Raises DataError for one that is missing, null or no text."""
-    return _text(row, column)
 
 
 def _system(prompt: str | None) -> list[Message]:
@@ -196,13 +191,14 @@ def _joined(content: Any) -> str:
 
 def _parts(parts: list[Any]) -> Iterator[str]:
     for part in parts:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        if not isinstance(text, str):
+        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
             raise DataError(f"the content of a message is {reprlib.repr(part)}, not text")
-        yield text
+        yield part["text"]
 
 
-def _text(row: Columns, column: str) -> str:
+def text_of(row: Columns, column: str) -> str:
+    """Return a text column. Raises DataError for one that is missing, null or no text."""
     value = _value(row, column)
     if not isinstance(value, str):
         raise DataError(f"column {column!r} is {reprlib.repr(value)}, not text")
@@ -212,15 +208,15 @@ def _text(row: Columns, column: str) -> str:
 def _value(row: Columns, column: str) -> Any:
     if column not in row:
         raise DataError(
-            f"no column {column!r}{did_you_mean(column, row)}; the row has {', '.join(row) or 'none'}: "
-            "say which to take with the dataset's column_map, column or conversation_column"
+            f"no column {column!r}; the row has {', '.join(map(str, row)) or 'none'}: say which to take "
+            "with the dataset's column_map, column or conversation_column"
         )
     return row[column]
 
 
 def _check_map(column_map: ColumnMap, known: tuple[str, ...]) -> None:
-    for name in column_map or {}:
-        if name not in known:
-            raise ConfigError(
-                f"column_map maps {name!r}{did_you_mean(name, known)}; it can map {', '.join(known)}"
-            )
+    for name in set(column_map or {}) - set(known):
+        raise ConfigError(
+            f"column_map maps {name!r}{did_you_mean(name, known)}; it can map {', '.join(known)} "
+            "to the names of columns"
+        )

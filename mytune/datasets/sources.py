@@ -74,7 +74,12 @@ def open_source(
         raise ConfigError(f"sample_by is {sample_by!r}; it can be {', '.join(_TEXT_ROWS)}")
     patterns = _local_patterns(source, split, data_files, data_dir)
     if patterns is None:
-        options = {"data_files": data_files, "data_dir": data_dir, "name": name, "revision": revision}
+        options = {
+            "data_files": data_files,
+            "data_dir": data_dir,
+            "name": name,
+            "revision": revision,
+        }
         return _hub_source(str(source), split, options)
     word, first, last = _parse_split(split)
     files = [file for pattern in patterns for file in _expand(pattern, word)]
@@ -136,7 +141,9 @@ def _expand(pattern: str, split: str) -> list[Path]:
     if files := [file for file in files if file.is_file()]:
         return [_with_split(file, split) for file in files]
     near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")])
-    raise ConfigError(f"there is no data file {pattern}{near}; change the dataset's source or data_files")
+    raise ConfigError(
+        f"there is no data file {pattern}{near}; change the dataset's source or data_files"
+    )
 
 
 def _with_split(file: Path, split: str) -> Path:
@@ -150,7 +157,9 @@ def _with_split(file: Path, split: str) -> Path:
 def _of_split(folder: Path, split: str) -> list[Path]:
     """Return a folder's files that belong to a split."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
-    words = {f: _words(str(f.relative_to(folder).with_suffix(""))) for f in files if f.name[0] != "."}
+    words = {
+        f: _words(str(f.relative_to(folder).with_suffix(""))) for f in files if f.name[0] != "."
+    }
     named = [file for file in words if words[file] & _SPLIT_WORDS.get(split, {split})]
     if named or (split == "train" and words):
         return named or list(words)
@@ -173,9 +182,7 @@ def _identity(file: Path) -> list[str | int]:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _slice(
-    read: Callable[[], Iterator[Row]], first: str | None, last: str | None
-) -> Iterator[Row]:
+def _slice(read: Callable[[], Iterator[Row]], first: str | None, last: str | None) -> Iterator[Row]:
     """Yield rows `first` to `last`; a percent or a negative number needs to count the rows first."""
     bounds = first or "0", last or ""
     total = sum(1 for _ in read()) if re.search("[%-]", "".join(bounds)) else sys.maxsize
@@ -309,7 +316,13 @@ _READERS: dict[str, Callable[[Path], Numbered]] = {
     "parquet": _parquet_rows,
     "text": _lines,
 }
-_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_SUFFIXES = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 
 
 def _hub_source(source: str, split: str, options: dict[str, Any]) -> Source:
@@ -318,7 +331,9 @@ def _hub_source(source: str, split: str, options: dict[str, Any]) -> Source:
     try:
         given = {key: value for key, value in options.items() if value is not None}
         data = datasets.load_dataset(source, split=split, **given)
-    except Exception as error:  # the library raises those of its network, file and parser layers too
+    except (
+        Exception
+    ) as error:  # the library raises those of its network, file and parser layers too
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
             f"{source!r} is no local file or folder, and the hub does not give it: {reason}; check the "

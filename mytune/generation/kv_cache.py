@@ -9,10 +9,17 @@ from mytune.modules.decoder import DecoderConfig
 
 
 class KVCache:
-    """Keys and values of earlier positions, [layers, b, kv_heads, length, head_dim] each.
+    """Keys and values of earlier positions.
 
-    The decoder calls `update` once per layer, and generation `advance` once per forward. What is returned
-    is a view of what has been filled, so a step costs what its position costs and nothing is copied.
+    Nothing is copied but the newest positions, and what is returned is a view of what has been filled: a
+    token costs the same at every position, but for attention over the keys that there are.
+
+    Args:
+        config: the decoder's sizes.
+        batch_size: rows that are decoded together.
+        length: positions of a row, prompt and new tokens.
+        device: of the decoder.
+        dtype: of the decoder's keys.
     """
 
     def __init__(
@@ -21,22 +28,28 @@ class KVCache:
         *,
         batch_size: int,
         length: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: torch.device | str,
+        dtype: torch.dtype,
     ) -> None:
         shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_dim)
         self._keys = torch.empty(shape, device=device, dtype=dtype).unbind()
         self._values = torch.empty(shape, device=device, dtype=dtype).unbind()
-        self.length = 0
+        self.filled = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the newest keys and values [b, kv_heads, s, head_dim]; return all so far, as views."""
-        keys, values = self._keys[layer], self._values[layer]
-        end = self.length + k.shape[2]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        """Add the newest keys and values [b, kv_heads, s, head_dim] of a layer; return all so far.
 
-    def advance(self, tokens: int) -> None:
-        """Count the positions that all layers have now written."""
-        self.length += tokens
+        The layers of a forward write the same positions; the last one ends them.
+
+        Raises:
+            IndexError: more positions than the cache was made for.
+        """
+        new = k.shape[2]
+        keys, values = self._keys[layer], self._values[layer]
+        # narrow, unlike a slice, refuses positions that are not there.
+        keys.narrow(2, self.filled, new).copy_(k)
+        values.narrow(2, self.filled, new).copy_(v)
+        end = self.filled + new
+        if layer == len(self._keys) - 1:
+            self.filled = end
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)

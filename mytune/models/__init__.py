@@ -1,4 +1,4 @@
-"""Model families: one file each with its sizes, builders and tokenizer; `auto_model` reads the sizes of a checkpoint."""
+"""Model families, a file each; `auto_model` reads the sizes of a checkpoint."""
 
 from mytune._lazy import lazy_names
 
@@ -9,5 +9,5 @@ _WHERE = {
     "sizes_of_checkpoint": "auto",
     "lora_decoder": "builders",
 }
-__all__ = list(_WHERE)  # noqa: PLE0604
+__all__ = list(_WHERE)
 __getattr__ = lazy_names(__name__, _WHERE)

@@ -81,7 +81,7 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def sizes_from_meta(params: Mapping[str, Any]) -> DecoderConfig:
-    """Read Meta's `params.json`; it does not say how many positions were trained: 8192, scaled 131,072."""
+    """Read Meta's `params.json`, which does not say the positions: 8192, scaled 131,072."""
     dim, heads = params["dim"], params["n_heads"]
     scaled = params.get("use_scaled_rope", False)
     return DecoderConfig(

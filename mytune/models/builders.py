@@ -80,8 +80,8 @@ def builders(name: str, sizes: DecoderConfig | SizeFunction) -> tuple[Builder, B
 
     Args:
         name: of the plain builder.
-        sizes: a row, or a function that makes one; the builders then take its arguments too, the LoRA
-            builders by keyword.
+        sizes: a row, or a function that makes one; the builders then take its arguments
+            too, the LoRA builders by keyword.
     """
     make = (lambda: sizes) if isinstance(sizes, DecoderConfig) else sizes
     what = (

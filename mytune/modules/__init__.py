@@ -19,5 +19,5 @@ _WHERE = {
     "linear_cross_entropy": "loss",
     "target_index": "loss",
 }
-__all__ = list(_WHERE)  # noqa: PLE0604
+__all__ = list(_WHERE)
 __getattr__ = lazy_names(__name__, _WHERE)

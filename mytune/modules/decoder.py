@@ -1,4 +1,4 @@
-"""The decoder: token embeddings, blocks of attention and SwiGLU, a norm and a head. Every family is a row of sizes.
+"""The decoder: embeddings, blocks of attention and SwiGLU, a norm, a head; families are sizes.
 
 Letters in shape comments: b batch, s sequence, t keys seen (cache + s), d embed_dim, h heads,
 k key/value heads, e head_dim, v vocabulary.
@@ -74,7 +74,7 @@ def rope_angles(config: DecoderConfig, positions: Tensor) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn queries or keys [b, h, s, e] by their positions; pairs are (i, i + e/2), as in Hugging Face."""
+    """Turn queries or keys [b, h, s, e] by their positions; pairs are (i, i + e/2), as in HF."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -82,13 +82,13 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """Let a packed row's tokens [b, s] see only what came before in their own document: bool [b, 1, s, s]."""
+    """Return a packed row's mask, bool [b, 1, s, s]: causal, and within a document [b, s] only."""
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return same.tril()
 
 
 def _aligned_causal_mask(queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """Return the causal mask [s, t] of the last `queries` of `keys` positions; one query sees all."""
+    """Return the causal mask [s, t] of the last `queries` positions; one query sees all."""
     if queries == 1:
         return None
     everything = torch.ones(queries, keys, dtype=torch.bool, device=device)
@@ -167,8 +167,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only transformer.
 
-    Embeddings are tied by use: a tied model has no `lm_head` and no second Parameter, which the meta
-    device followed by `to_empty` would silently untie.
+    Embeddings are tied by use: a tied model has no `lm_head` and no second Parameter, which the
+    meta device followed by `to_empty` would silently untie.
     """
 
     def __init__(self, config: DecoderConfig) -> None:

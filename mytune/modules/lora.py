@@ -1,4 +1,4 @@
-"""LoRA, DoRA and rsLoRA as a change to a built model: named linears gain adapters beside their weight.
+"""LoRA, DoRA and rsLoRA as a change to a built model: named linears gain adapters.
 
 LoRA: https://arxiv.org/abs/2106.09685, rsLoRA: https://arxiv.org/abs/2312.03732, DoRA:
 https://arxiv.org/abs/2402.09353. Parameter names are PEFT's: `lora_A.weight` [rank, in],
@@ -142,8 +142,8 @@ def lora_modules(model: nn.Module) -> Iterator[tuple[str, _LoRA]]:
 def init_adapters(model: nn.Module, seed: int) -> None:
     """Initialise adapters so that the model computes what its base does: A uniform, B zero.
 
-    Draws are full-size, float32, on the CPU and in the order of the modules, so every device and every
-    number of ranks starts from the same adapters. DoRA's magnitudes need loaded base weights.
+    Draws are full-size, float32, on the CPU and in the order of the modules, so every device and
+    every number of ranks starts from the same adapters. DoRA's magnitudes need loaded base weights.
     """
     generator = torch.Generator().manual_seed(seed)
     for _, module in lora_modules(model):
@@ -197,7 +197,7 @@ def lora_config_from_peft(config: Mapping[str, Any]) -> LoRAConfig:
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """A model's plain weights by name, adapters merged and 4-bit weights dequantized, one at a time.
+    """A model's plain weights by name: adapters merged, 4-bit weights dequantized, one at a time.
 
     A tensor is computed when it is read, so saving never holds a second model.
     """

@@ -1,4 +1,4 @@
-"""Losses that never hold all logits: the head and the cross entropy are computed together, in chunks."""
+"""Losses that never hold all logits: head and cross entropy are computed together, in chunks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IGNORE_INDEX = -100
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden W^T)[label], with both gradients made in the forward, chunk by chunk."""
+    """Sum of -log softmax(hidden W^T)[label]; both gradients are made in the forward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-    """Return the summed cross entropy (float32, 0-d) of `hidden` [n, d] under a head `weight` [v, d].
+    """Return the summed cross entropy (float32, 0-d) of `hidden` [n, d] and a head [v, d].
 
     Args:
         labels: [n], all of them valid ids.
@@ -68,10 +68,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
 class LinearCrossEntropyLoss:
     """Cross entropy summed over the trained tokens of a batch; called with the model and the batch.
 
-    Rows that are not trained are dropped before the head; the loss is float32 whatever the model is.
+    Rows that are not trained are dropped before the head; the loss is float32 for any model.
 
     Args:
-        num_output_chunks: pieces that the trained rows are cut into; if not given, `chunk_size` decides.
+        num_output_chunks: pieces to cut the trained rows into; else `chunk_size` decides.
         ignore_index: label of a token that is not trained.
         chunk_size: trained rows whose logits are held at a time.
     """
@@ -90,9 +90,9 @@ class LinearCrossEntropyLoss:
         """Return the sum (float32, 0-d) over labels that are not `ignore_index`.
 
         Args:
-            batch: `tokens` and `labels` [b, s] (labels already shifted); for packed rows also `positions`
-                and `document_ids` [b, s]. `target_index` [n], the flat places of the trained labels, spares
-                the device a round trip.
+            batch: `tokens` and `labels` [b, s], labels already shifted; for packed rows also
+                `positions` and `document_ids` [b, s]. `target_index` [n], the flat places of the
+                trained labels, spares the device a round trip.
         """
         documents = batch.get("document_ids")
         mask = None if documents is None else document_mask(documents)

@@ -48,5 +48,5 @@ _WHERE = {
     "set_seed": "seed",
     "StopSignal": "signals",
 }
-__all__ = list(_WHERE)  # noqa: PLE0604
+__all__ = list(_WHERE)
 __getattr__ = lazy_names(__name__, _WHERE)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mytune.errors import DirectoryInUseError, ResourceError
+from mytune.training.checkpointing.files import told_size
 from mytune.training.checkpointing.publish import MANIFEST, candidates, clean_up, remove
 
 log = logging.getLogger("mytune")
@@ -129,8 +130,8 @@ def check_disk_space(path: str | Path, needed: int) -> None:
     free = disk.f_bavail * disk.f_frsize
     if free < needed:
         raise ResourceError(
-            f"output_dir: {path} has {free / 2**30:.2f} GiB free, a checkpoint needs "
-            f"{needed / 2**30:.2f} GiB; free some space, change output_dir, or set "
+            f"output_dir: {path} has {told_size(free)} free, a checkpoint needs "
+            f"{told_size(needed)}; free some space, change output_dir, or set "
             "save_adapter_weights_only=True or keep_last_n_checkpoints"
         )
 

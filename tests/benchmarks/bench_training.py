@@ -25,7 +25,7 @@ from tests.benchmarks.common import (
     median_ratio,
     take_turns,
 )
-from tests.benchmarks.model import SHAPES, Shape, write_model, write_rows
+from tests.benchmarks.model import DTYPES, SHAPES, Shape, write_model, write_rows
 from tests.benchmarks.peers.turns import read_rows
 
 TITLE = "Training"
@@ -33,7 +33,6 @@ BATCH_SIZE = 4
 WARM_UP = 1
 # Relative, step by step. Adapters start from other random numbers in each library.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-3}
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 LORA = {
     "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
     "apply_lora_to_mlp": True,
@@ -55,8 +54,9 @@ def measure(quick: bool) -> list[Row]:
     if not TORCHTUNE_PYTHON:
         print(NO_TORCHTUNE)
     turns = 3 if quick else 9
-    found = []
-    for shape, method, dtype in product(SHAPES, ("LoRA", "full"), ("fp32", "bf16")):
+    shapes = ["wide"] if quick else list(SHAPES)
+    found: list[Row] = []
+    for shape, method, dtype in product(shapes, ("LoRA", "full"), DTYPES):
         with tempfile.TemporaryDirectory() as folder:
             found += measure_case(Path(folder), shape, method, dtype, turns)
     return found
@@ -178,5 +178,5 @@ CONSTANT = {
 
 def as_mytune(config: dict[str, Any]) -> dict[str, Any]:
     """Return mytune's config: the same, component names and all."""
-    rows = {**config["dataset"], "_component_": "tests.benchmarks.peers.mytune_rows.Rows"}
+    rows = {**config["dataset"], "_component_": "tests.benchmarks.peers.mytune_rows.rows"}
     return {**config, "output_dir": config["output_dir"] + "_mytune", "dataset": rows}

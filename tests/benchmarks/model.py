@@ -34,6 +34,8 @@ SHAPES = {
     "deep": Shape(8_192, 8, 8, 4, 512, 1536),
 }
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # of configs, and of torch
+
 
 def write_model(folder: Path, shape: Shape, seed: int = 0) -> None:
     """Write a random model's `config.json` and `model.safetensors`, bfloat16 as Llama 3's are."""
@@ -48,6 +50,7 @@ def write_model(folder: Path, shape: Shape, seed: int = 0) -> None:
         max_position_embeddings=shape.max_seq_len,
         rms_norm_eps=1e-5,
         rope_theta=500_000.0,
+        initializer_range=0.06,  # small weights would hide a fault
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,

@@ -64,8 +64,11 @@ def test_forward_and_gradients_equal_peft(options):
     model, theirs = build(**options)
     perturb(model)
     config = peft.LoraConfig(
-        r=4, lora_alpha=16, target_modules=["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"], **options
-    )  # fmt: skip
+        r=4,
+        lora_alpha=16,
+        target_modules="q_proj o_proj gate_proj up_proj down_proj lm_head".split(),
+        **options,
+    )
     oracle = peft.get_peft_model(theirs, config)
     own = adapter_state(model)
     pairs = []
@@ -115,7 +118,7 @@ def test_adapters_depend_on_the_seed_alone():
 
 
 def test_dropout_acts_in_training_only():
-    model, theirs = build(lora_dropout=0.5)
+    model, _ = build(lora_dropout=0.5)
     perturb(model)
     model.train()
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mytune.errors import CheckpointError, ConfigError, did_you_mean
 from mytune.modules.decoder import DecoderConfig
 from mytune.training.checkpointing.companions import companion_files, companions
-from mytune.training.checkpointing.files import FileRecord, to_json
+from mytune.training.checkpointing.files import FileRecord, to_json, told_size
 from mytune.training.checkpointing.formats import HF, META, TORCHTUNE, Format
 from mytune.training.checkpointing.peft import Adapter, base_model_name, read_adapter, write_adapter
 from mytune.training.checkpointing.publish import (
@@ -98,12 +98,8 @@ class _Checkpointer:
             CheckpointError: they do not fit; all tensors that do not are named, with both shapes.
         """
         size = sum(path.stat().st_size for path in self.source.paths)
-        log.info(
-            "Reading %.2f GiB of %s weights from %s",
-            size / 2**30,
-            self.format.name,
-            self.source_dir,
-        )
+        where = (told_size(size), self.format.name, self.source_dir)
+        log.info("Reading %s of %s weights from %s", *where)
         return self.source.weights(config)
 
     def load_checkpoint(self) -> dict[str, dict[str, Tensor]]:
@@ -238,8 +234,8 @@ def _report(target: Path, records: Mapping[str, FileRecord]) -> None:
     for what, folder in (("Model", ""), ("Adapter", "adapter"), ("Recipe", "recipe_state")):
         sizes = [r.size for name, r in records.items() if name.rpartition("/")[0] == folder]
         if sum(sizes) and (folder or len(sizes) > 1):  # the manifest alone is no model
-            where = target / folder
-            log.info("%s checkpoint of size %.2f GiB saved to %s", what, sum(sizes) / 2**30, where)
+            size = told_size(sum(sizes))
+            log.info("%s checkpoint of size %s saved to %s", what, size, target / folder)
 
 
 class FullModelHFCheckpointer(_Checkpointer):

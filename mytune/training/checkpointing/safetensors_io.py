@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -50,7 +50,7 @@ class SafetensorsFile(TensorFile):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: Any = safe_open(str(path), framework="pt", device="cpu")
+            self._file = cast(Any, safe_open(str(path), framework="pt", device="cpu"))
             slices = {name: self._file.get_slice(name) for name in self._file.offset_keys()}
             self.specs = {
                 name: TensorSpec(_DTYPES[part.get_dtype()], tuple(part.get_shape()))

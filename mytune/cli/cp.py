@@ -1,0 +1,62 @@
+"""`tune cp`: a recipe as it is, or a whole config, into a file of the user's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mytune.cli import registry
+from mytune.cli.parser import Parser
+from mytune.errors import ConfigError, did_you_mean
+
+
+def parser() -> Parser:
+    parser = Parser(
+        "cp", description="Copy a recipe, or a config with every key and its comment, to change it."
+    )
+    parser.add_argument("name", metavar="NAME", help="a recipe or config that `tune ls` lists")
+    parser.add_argument("destination", metavar="DEST", help="a file, with or without suffix, or a folder")
+    parser.add_argument("-n", "--no-clobber", action="store_true", help="keep a file that is there already")
+    parser.add_argument("--make-parents", action="store_true", help="create the folders above DEST")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    recipe = registry.named_recipe(args.name)
+    names = [*(each.name for each in registry.RECIPES), *registry.configs()]
+    if args.name not in names:
+        raise ConfigError(
+            f"there is no recipe or config {args.name!r}{did_you_mean(args.name, names)}; `tune ls` lists them"
+        )
+    target = _target(args.destination, args.name, ".py" if recipe else ".yaml")
+    if args.no_clobber and target.exists():
+        print(f"File already exists at {target}, not overwriting.")
+        return 0
+    if args.make_parents:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    elif not target.parent.is_dir():
+        raise ConfigError(f"there is no folder {target.parent}: create it, or pass --make-parents")
+    text = recipe.file.read_text(encoding="utf-8") if recipe else _config(args.name, target)
+    target.write_text(text, encoding="utf-8")
+    print(f"Copied file to {target}")
+    return 0
+
+
+def _target(destination: str, name: str, suffix: str) -> Path:
+    """Return the file to write: in a folder under the name's last part, else with the suffix appended."""
+    target = Path(destination).expanduser()
+    if target.is_dir() or destination.endswith(os.sep):
+        target = target / Path(name).name
+    elif target.suffix in (".py", ".yaml", ".yml") and target.suffix != suffix:
+        raise ConfigError(f"{name} is a {suffix} file: {destination} has another suffix")
+    return target if target.suffix == suffix else target.with_name(target.name + suffix)
+
+
+def _config(name: str, target: Path) -> str:
+    from mytune.cli.cat import whole_config
+
+    recipe = registry.recipe_of(name)
+    assert recipe is not None  # every config belongs to a recipe: a test holds it
+    head = f"# {name} with every key of the recipe.\n#   tune run {recipe.name} --config {target}\n\n"
+    return head + whole_config(name)

@@ -1,0 +1,27 @@
+"""`tune ls`: the recipes and their configs."""
+
+from __future__ import annotations
+
+from mytune.cli import registry
+from mytune.cli.parser import Parser
+from mytune.errors import ConfigError, did_you_mean
+
+
+def parser() -> Parser:
+    parser = Parser("ls", description="List the recipes and the configs that belong to each.")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="only this recipe's configs")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    wanted = parser().parse_args(argv).recipe
+    names = [recipe.name for recipe in registry.RECIPES]
+    if wanted is not None and wanted not in names:
+        raise ConfigError(f"there is no recipe {wanted!r}{did_you_mean(wanted, names)}; `tune ls` lists all")
+    rows = [("RECIPE", "CONFIG")]
+    for recipe in registry.RECIPES:
+        if wanted in (None, recipe.name) and recipe.file.is_file():
+            first, *more = recipe.configs() or ["<>"]
+            rows += [(recipe.name, first), *(("", config) for config in more)]
+    print("\n".join(f"{recipe:<40} {config}" for recipe, config in rows))
+    return 0

@@ -1,0 +1,55 @@
+"""The `tune` command: finds the verb and runs it; the verb's module is imported only then."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from mytune import __version__
+from mytune.cli.report import DEBUG, report
+from mytune.errors import ConfigError, did_you_mean
+
+VERBS = {
+    "download": "fetch a model from the Hugging Face Hub, or copy an embedded one",
+    "ls": "list the recipes and their configs",
+    "cp": "copy a recipe or a whole config, to change it",
+    "run": "run a recipe, here or under torchrun",
+    "validate": "check a config: keys, types, components, files",
+    "cat": "print a whole config with a comment on every key",
+    "completion": "print a completion script for bash, zsh or fish",
+}
+
+HELP = """usage: tune [--version] [--debug] COMMAND ...
+
+Fine-tune language models with recipes to read, copy and change.
+
+commands:
+{}
+
+`tune COMMAND --help` explains a command; --debug, anywhere, shows the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `tune` with these arguments (default: the process's) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--debug" in words:
+        os.environ[DEBUG] = "1"
+    return report(lambda: _run([word for word in words if word != "--debug"]))
+
+
+def _run(words: list[str]) -> int:
+    match words:
+        case [] | ["-h" | "--help", *_]:
+            print(HELP.format("\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())))
+            return 0
+        case ["--version", *_]:
+            print(f"mytune {__version__}")
+            return 0
+        case [verb, *rest] if verb in VERBS:
+            code: int = importlib.import_module(f"mytune.cli.{verb}").main(rest)
+            return code
+    raise ConfigError(
+        f"there is no command {words[0]!r}{did_you_mean(words[0], VERBS)}; see `tune --help`"
+    )

@@ -1,0 +1,107 @@
+"""Which recipes and configs there are, which belongs to which, and where their files lie."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from mytune.errors import ConfigError, did_you_mean
+
+
+def _root() -> Path:
+    package = Path(__file__).resolve().parents[1]
+    return package if (package / "recipes").is_dir() else package.parent  # the wheel, or a checkout
+
+
+ROOT = _root()  # holds recipes/ and configs/
+
+
+class Recipe(NamedTuple):
+    """A name for a recipe file, and the patterns of the names of its configs."""
+
+    name: str
+    file_name: str
+    patterns: tuple[str, ...]
+
+    @property
+    def file(self) -> Path:
+        return ROOT / "recipes" / self.file_name
+
+    def configs(self) -> list[str]:
+        return [name for name in configs() if any(fnmatchcase(name, p) for p in self.patterns)]
+
+
+# A name that ends in _distributed runs under torchrun.
+RECIPES = [
+    Recipe("full_finetune_single_device", "finetune.py", ("*/*_full_single_device", "*/full_single_device")),
+    Recipe("full_finetune_distributed", "finetune.py", ("*/*_full",)),
+    Recipe(
+        "lora_finetune_single_device",
+        "finetune.py",
+        ("*/*_*lora_single_device", "*/*_*dora_single_device", "*/lora_single_device"),
+    ),
+    Recipe("lora_finetune_distributed", "finetune.py", ("*/*_*lora", "*/*_*dora")),
+    Recipe("generate", "generate.py", ("generation", "*/generation")),
+]
+
+
+def configs() -> list[str]:
+    """Return the names of all configs, sorted: their paths below configs/ without the suffix."""
+    folder = ROOT / "configs"
+    return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
+
+
+def config_path(name: str) -> Path:
+    return ROOT / "configs" / f"{name}.yaml"
+
+
+def named_recipe(name: str) -> Recipe | None:
+    return next((recipe for recipe in RECIPES if recipe.name == name), None)
+
+
+def recipe_of(config: str) -> Recipe | None:
+    """Return the recipe that the config called `config` belongs to."""
+    return next((r for r in RECIPES if any(fnmatchcase(config, p) for p in r.patterns)), None)
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe's name, or of a path with or without `.py`."""
+    if recipe := named_recipe(name):
+        return recipe.file
+    for path in (Path(name), Path(f"{name}.py")):
+        if path.suffix == ".py" and path.is_file():
+            return path.resolve()
+    if name.endswith(".py"):
+        raise ConfigError(f"there is no file {name}")
+    names = [recipe.name for recipe in RECIPES]
+    raise ConfigError(f"there is no recipe {name!r}{did_you_mean(name, names)}; `tune ls` lists them")
+
+
+def find_config(name: str) -> Path:
+    """Return the file of a config's name, or of a path."""
+    names = configs()
+    if name in names:
+        return config_path(name)
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise ConfigError(f"there is no file {name}{did_you_mean(str(path.with_suffix('')), names)}")
+    hint = did_you_mean(name, names) or (f"; it is a recipe: see `tune ls {name}`" if named_recipe(name) else "")
+    raise ConfigError(f"there is no config {name!r}{hint}; `tune ls` lists them")
+
+
+def recipe_for(config: str) -> Path:
+    """Return the file of the recipe that a config's name belongs to, or that a config file fits best.
+
+    A file does not say which recipe it is for: it is read as a config of each, and the one that
+    finds least wrong with it is taken, the first of equals.
+    """
+    if config in configs() and (recipe := recipe_of(config)):
+        return recipe.file
+    from mytune.config import read_config
+
+    file = find_config(config)
+    recipes = dict.fromkeys(recipe.file for recipe in RECIPES if recipe.file.is_file())
+    return min(recipes, key=lambda recipe: len(read_config(recipe, file).problems))

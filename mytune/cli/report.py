@@ -1,0 +1,100 @@
+"""What a command tells about its end: one line for an error, an exit code, a traceback if asked for."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mytune.errors import ResourceError, StoppedEarly, TuneError
+
+DEBUG = "MYTUNE_DEBUG"  # environment variable, so that the workers of a run see it too
+
+_ENVIRONMENT = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+}
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+def report(work: Callable[[], int | None]) -> int:
+    """Do `work`, print how it failed if it did, and return the exit code."""
+    code, text = outcome(work)
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def outcome(work: Callable[[], int | None]) -> tuple[int, str]:
+    """Do `work` and return the exit code and what to print on stderr; never raises."""
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+        return code, ""
+    except SystemExit as end:  # argparse's --help, or a recipe's own
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0, ""
+        return 1, str(end.code)
+    except KeyboardInterrupt:
+        return 130, ""
+    except BrokenPipeError:  # `tune ls | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141, ""
+    except Exception as error:
+        return _explain(error)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    from mytune.config.redact import redact
+
+    known = error if isinstance(error, TuneError) else _environment(error)
+    trace = redact(_traceback(error)) if known is None or DEBUG in os.environ else ""
+    if DEBUG in os.environ:
+        print(trace, file=sys.stderr)
+    told = known or _bug(error, trace)
+    kind = "stopped early" if isinstance(told, StoppedEarly) else "error"
+    return told.exit_code, redact(f"{kind}: {told}")
+
+
+def _environment(error: Exception) -> ResourceError | None:
+    """Return what the machine lacks, if that is why `error` was raised."""
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+        where = error.filename2 or error.filename
+        return ResourceError(_ENVIRONMENT[error.errno] + (f": {where}" if where else ""))
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("mytune"):
+        return ResourceError(f"the package {error.name!r} is not installed: pip install it")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return ResourceError(f"out of memory: {_first_line(error)}; a smaller batch_size needs less")
+    return None
+
+
+def _bug(error: Exception, trace: str) -> TuneError:
+    """Return the one line for an error that nobody foresaw; its traceback goes to a file, so that it is not lost."""
+    import tempfile
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (sys.prefix, sys.base_prefix, "<")
+    near = [f for f in frames if f.filename.startswith(_PACKAGE) or not f.filename.startswith(libraries)]
+    last = (near or frames)[-1]
+    with tempfile.NamedTemporaryFile("w", prefix="mytune-", suffix=".txt", delete=False) as file:
+        file.write(trace)
+    return TuneError(
+        f"a bug of mytune: {type(error).__name__}: {_first_line(error)}"
+        f" ({last.filename}:{last.lineno}); the traceback is in {file.name}, --debug prints it"
+    )
+
+
+def _traceback(error: Exception) -> str:
+    import traceback
+
+    return "".join(traceback.format_exception(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -1,0 +1,172 @@
+"""`tune run`: checks the config, then runs the recipe here, or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from mytune.cli import registry
+from mytune.cli.parser import Parser
+from mytune.cli.report import report
+from mytune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mytune.config import LoadedConfig
+
+# torchrun's options without a value; torch is not imported to learn that.
+_SWITCHES = {"--standalone", "--virtual-local-rank", "-m", "--module", "--no-python", "--run-path"}
+_OURS = {"-m", "--module", "--no-python", "--run-path"}  # `tune run` itself says what is run
+
+
+class Job(NamedTuple):
+    """What a command line asks for: files, and what was typed."""
+
+    recipe: Path
+    config: Path | None
+    overrides: list[str]
+    allow: list[str]
+
+
+def parser() -> Parser:
+    parser = Parser(
+        "run",
+        usage="tune run [torchrun options] RECIPE --config CONFIG [key=value ...] [~key ...]",
+        description="Run a recipe with a config.",
+        epilog="It runs in this process, or under torchrun if torchrun options are given (they come before"
+        " RECIPE: `torchrun --help` lists them) or RECIPE ends in _distributed (one process per GPU then).",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe that `tune ls` lists, or a Python file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="sets a key; ~key removes one")
+    parser.add_argument("--config", metavar="CONFIG", help="a config that `tune ls` lists, or a YAML file")
+    parser.add_argument(
+        "--allow-component",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let the config name components of this package; repeatable",
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    options, words = split(argv)
+    if {"-h", "--help"} & {*options, *words[1:]}:
+        parser().print_help()
+        return 0
+    job = parse(words)
+    _prepare_torch()
+    tell(load(job))
+    if options or job.recipe.stem.endswith("_distributed") or words[0].endswith("_distributed"):
+        from mytune.cli.torchrun import launch
+
+        return launch(options, words)
+    return execute(job)
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into torchrun's options and what begins with the recipe."""
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        name, equals, _ = argv[at].partition("=")
+        name = name.replace("_", "-")
+        if name in _OURS:
+            raise ConfigError(f"torchrun's {name} has no place here: `tune run` starts the recipe itself")
+        alone = equals or name in _SWITCHES or name in ("-h", "--help")
+        at += 1 if alone else 2
+    return list(argv[:at]), list(argv[at:])
+
+
+def parse(words: Sequence[str]) -> Job:
+    """Read `RECIPE --config CONFIG key=value ...` and find the files."""
+    args, unknown = parser().parse_known_intermixed_args(words)
+    if unknown:
+        raise ConfigError(
+            f"{unknown[0]!r} is no option of `tune run`: settings are key=value,"
+            " torchrun's options come before the recipe"
+        )
+    recipe = registry.find_recipe(args.recipe)
+    config = registry.find_config(args.config) if args.config else None
+    _check_pair(args, recipe)
+    return Job(recipe, config, args.overrides, args.allow_component)
+
+
+def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
+    """Refuse a built-in recipe without a config, or with the config of another one."""
+    built_in = registry.named_recipe(args.recipe)
+    if built_in and not args.config:
+        names = ", ".join(built_in.configs())
+        raise ConfigError(f"--config is missing: a YAML file, or one of {names}")
+    owner = registry.recipe_of(args.config) if args.config in registry.configs() else None
+    if built_in and owner and owner.file != recipe:
+        raise ConfigError(
+            f"{args.config} is a config of another recipe: `tune run {owner.name} --config {args.config}`"
+        )
+
+
+def load(job: Job, *, components: bool = True) -> LoadedConfig:
+    """Return the config, or raise a `ConfigError` with all that is wrong in it."""
+    from mytune.config import check_components, config_error, read_config
+
+    loaded = read_config(job.recipe, job.config, job.overrides, allow_components=job.allow)
+    problems = loaded.problems + (check_components(loaded) if components else [])
+    if problems:
+        raise config_error(problems)
+    return loaded
+
+
+def tell(loaded: LoadedConfig) -> None:
+    """Print what the user should know about the config, on stderr."""
+    for notice in loaded.notices:
+        print(f"notice: {notice}", file=sys.stderr)
+
+
+def execute(job: Job, module: ModuleType | None = None) -> int:
+    """Run the recipe's `main` in this process and return its exit code; components are not checked again."""
+    values = load(job, components=False).values()
+    module = module or _import_recipe(job.recipe)
+    if not hasattr(module, "main"):
+        raise ConfigError(f"{job.recipe} has no `def main(cfg: Config)`: a recipe starts there")
+    return module.main(module.Config(**values)) or 0
+
+
+def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
+    """Run the recipe in `file`, the caller's own, as `tune run` would, and return the exit code.
+
+    For the end of a recipe file: `if __name__ == "__main__": raise SystemExit(run_recipe(__file__))`
+    lets `python my_recipe.py --config my.yaml` and torchrun run it.
+    """
+    words = [file, *(sys.argv[1:] if argv is None else argv)]
+    caller = sys.modules["__main__"]
+    same = getattr(caller, "__file__", None) and os.path.samefile(str(caller.__file__), file)
+
+    def work() -> int:
+        job = parse(words)
+        tell(load(job))
+        return execute(job, caller if same else None)
+
+    return report(work)
+
+
+def _prepare_torch() -> None:
+    """Let CUDA's allocator grow its segments, unless the user has set it: less memory lost to gaps."""
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def _import_recipe(file: Path) -> ModuleType:
+    """Import a recipe under its own name, as pickling needs it, with its folder on the path, as Python does."""
+    import importlib.util
+
+    taken = file.stem in sys.modules or file.stem in sys.stdlib_module_names
+    name = f"{file.stem}_recipe" if taken else file.stem
+    sys.path.insert(0, str(file.parent))
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec and spec.loader  # `file` ends in .py
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,127 @@
+"""Running a recipe in several processes: torchrun's launcher, its signals and its exit code made ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from mytune.cli.report import DEBUG
+from mytune.cli.worker import FOLDER
+from mytune.errors import ConfigError, TuneError
+
+
+class RankDied(TuneError):
+    """A process of the run that ended without a word."""
+
+    def __init__(self, rank: int, code: int) -> None:
+        how = f"ended with code {code}"
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        hint = "; the system kills what uses too much memory" if code == -signal.SIGKILL else ""
+        super().__init__(f"rank {rank} {how}{hint}")
+        self.exit_code = 128 - code if code < 0 else code
+
+
+def launch(options: Sequence[str], words: Sequence[str]) -> int:
+    """Run `words`, a recipe and its arguments, under torchrun and return the exit code of the rank that failed first."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    args = run.get_args_parser().parse_args(
+        [*_defaults(options), *options, "-m", "mytune.cli.worker", *words]
+    )
+    _share_cores(args.nproc_per_node, run.determine_local_world_size)
+    with tempfile.TemporaryDirectory(prefix="mytune-") as name, _quiet():
+        folder = Path(name)
+        os.environ[FOLDER] = name
+        failure = None
+        try:
+            with _pass_signals_on(folder):
+                run.run(args)
+        except ChildFailedError as error:
+            failure = error.get_first_failure()
+        except SignalException as error:
+            return 128 + error.sigval
+        code, text = first_failure(folder)
+    if failure and not code:
+        raise RankDied(failure[0], failure[1].exitcode)
+    if text:
+        print(text, file=sys.stderr)
+    return code
+
+
+def first_failure(folder: Path) -> tuple[int, str]:
+    """Return code and message of the rank that failed first, in the last attempt; (0, "") if none did."""
+    outcomes = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    attempt = max((each["attempt"] for each in outcomes), default=0)
+    failed = [each for each in outcomes if each["attempt"] == attempt and each["code"]]
+    first = min(failed, key=lambda each: each["time"], default={"code": 0, "text": ""})
+    return first["code"], first["text"]
+
+
+def _defaults(options: Sequence[str]) -> list[str]:
+    """Return the options that we choose where the user did not."""
+    import torch
+
+    given = {option.partition("=")[0].replace("_", "-") for option in options}
+    chosen = ["--signals-to-handle=SIGHUP,SIGQUIT"]  # SIGTERM and SIGINT are passed on by us
+    if "--nproc-per-node" not in given:
+        chosen.append(f"--nproc-per-node={torch.cuda.device_count() or 1}")
+    if not any(each.startswith(("--rdzv", "--master", "--node", "--nnodes")) for each in given):
+        chosen.append("--standalone")
+    return chosen
+
+
+def _share_cores(processes: str, count: Callable[[str], int]) -> None:
+    """Give each process its share of the cores; torchrun would give it one."""
+    try:
+        number = count(processes)
+    except ValueError as error:
+        raise ConfigError(f"--nproc-per-node {processes}: {error}") from None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, number))))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the launcher's own log: the failing rank says what is wrong."""
+    if DEBUG not in os.environ:
+        logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _pass_signals_on(folder: Path) -> Iterator[None]:
+    """Pass the first SIGTERM or Ctrl-C on to the workers and wait for them; a second one ends them.
+
+    torchrun's own handling gives them 30 s, too little to save a large model, and forgets their exit codes.
+    """
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        workers = [int(file.stem) for file in folder.glob("*.pid")]
+        if asked or not workers:
+            raise SystemExit(128 + number)
+        asked.append(number)
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,41 @@
+"""`tune validate`: everything that can be known about a config before a run."""
+
+from __future__ import annotations
+
+from mytune.cli import registry
+from mytune.cli.parser import Parser
+
+
+def parser() -> Parser:
+    parser = Parser(
+        "validate",
+        description="Check a config's keys and types, its components' arguments and its input files.",
+        epilog="A config file is checked against the recipe that fits it best, unless --recipe names one.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a config's name, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `tune run`; also ~key")
+    parser.add_argument("--recipe", metavar="RECIPE", help="the recipe that the config is for: a name or a file")
+    parser.add_argument(
+        "--allow-component",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let the config name components of this package; repeatable",
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    from mytune.cli.run import Job, load, tell
+
+    args = parser().parse_intermixed_args(argv)
+    config = registry.find_config(args.config)
+    recipe = registry.find_recipe(args.recipe) if args.recipe else registry.recipe_for(args.config)
+    loaded = load(Job(recipe, config, args.overrides, args.allow_component))
+    tell(loaded)
+    print(
+        f"Config is well-formed: {args.config}\n"
+        f"  {len(loaded.values())} keys and their types, as {recipe.name} wants them;"
+        " components, their arguments and input files"
+    )
+    return 0

@@ -1,0 +1,103 @@
+"""What a component takes: its parameters, and whether a value of a config fits one."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+import typing
+from inspect import Parameter
+from pathlib import Path
+from typing import Any
+
+from mytune.config.instantiate import find_component, local_file
+from mytune.config.schema import parse_hint
+from mytune.config.types import KEY
+from mytune.errors import ConfigError, did_you_mean
+
+
+def read_parameters(name: str) -> list[Parameter] | None:
+    """Return the parameters of the component `name`; None where only running it would tell.
+
+    Imports it, unless it is in a Python file below the current directory: that is read, not run.
+    Raises what `find_component` raises.
+    """
+    if local := local_file(name):
+        return _from_source(*local, name)
+    try:
+        return list(inspect.signature(find_component(name)).parameters.values())
+    except ValueError:
+        return None
+
+
+def annotation(parameter: Parameter) -> str:
+    note = parameter.annotation
+    return note if isinstance(note, str) else inspect.formatannotation(note)
+
+
+def fits(value: Any, parameter: Parameter) -> bool:
+    """May `value` be given to `parameter`? Yes where the annotation is none a config has a word for."""
+    built = isinstance(value, dict) and KEY in value
+    if built or parameter.annotation is Parameter.empty or value is parameter.default is None:
+        return True
+    try:
+        return _fits(value, parse_hint(annotation(parameter)))
+    except (ValueError, SyntaxError):
+        return True
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in options)
+    if origin is typing.Literal:
+        return value in options
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, options[0]) for each in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return hint is Any or type(value) is (origin or hint)
+
+
+def _from_source(file: Path, module: str, name: str) -> list[Parameter] | None:
+    wanted = name.removeprefix(f"{module}.")
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not a Python file: {error}") from None
+    found = [each for each in tree.body if getattr(each, "name", None) == wanted]
+    match found[-1:]:
+        case [ast.FunctionDef(args=arguments, decorator_list=[])]:
+            return _parameters(arguments)
+        case [ast.ClassDef(body=body)]:
+            inits = [each for each in body if getattr(each, "name", None) == "__init__"]
+            init = inits[-1] if inits else None
+            return _parameters(init.args)[1:] if isinstance(init, ast.FunctionDef) else None
+    words = {word for each in ast.walk(tree) for word in _names(each)}
+    if found or wanted.split(".")[0] in words or "*" in words:
+        return None
+    raise ConfigError(f"unknown component {name!r}{did_you_mean(wanted, words)}")
+
+
+def _names(node: ast.AST) -> list[str]:
+    """Return the names that a node may bind: definitions, assignments, imports."""
+    found = [getattr(node, each, None) for each in ("name", "id", "asname")]
+    return [each for each in found if isinstance(each, str)]
+
+
+def _parameters(arguments: ast.arguments) -> list[Parameter]:
+    def make(arg: ast.arg, kind: Any, default: ast.expr | None) -> Parameter:
+        none = isinstance(default, ast.Constant) and default.value is None
+        value = Parameter.empty if default is None else None if none else default
+        note = ast.unparse(arg.annotation) if arg.annotation else Parameter.empty
+        return Parameter(arg.arg, kind, default=value, annotation=note)
+
+    plain = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(plain) - len(arguments.defaults)) + arguments.defaults
+    found = [
+        make(arg, Parameter.POSITIONAL_OR_KEYWORD, d)
+        for arg, d in zip(plain, defaults, strict=True)
+    ]
+    for arg, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        found.append(make(arg, Parameter.KEYWORD_ONLY, default))
+    return found + ([make(arguments.kwarg, Parameter.VAR_KEYWORD, None)] if arguments.kwarg else [])

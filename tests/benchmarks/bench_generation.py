@@ -1,0 +1,76 @@
+"""Greedy continuation of a prompt of 64 ids by 64 more, batch 1, on the same random Llama: mytune,
+torchtune with its KV cache, transformers. In float32 all must give the same ids before anything is
+timed. Tokens per second count new tokens over prefill and decoding together.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+from tests.benchmarks.common import NO_TORCHTUNE, TORCHTUNE_PYTHON, Row, median_ratio, take_turns
+from tests.benchmarks.model import DTYPES, SHAPES, Shape, write_model
+
+TITLE = "Generation"
+PROMPT = 64
+NEW = 64
+
+
+def measure(quick: bool) -> list[Row]:
+    """Return a row per shape, dtype and library."""
+    if not TORCHTUNE_PYTHON:
+        print(NO_TORCHTUNE)
+    turns = 3 if quick else 9
+    shapes = ["wide"] if quick else list(SHAPES)
+    found: list[Row] = []
+    for shape, dtype in product(shapes, DTYPES):
+        with tempfile.TemporaryDirectory() as folder:
+            found += measure_case(Path(folder), shape, dtype, turns)
+    return found
+
+
+def measure_case(folder: Path, shape: str, dtype: str, turns: int) -> Iterator[Row]:
+    """Compare all libraries in one case."""
+    write_model(folder / "model", SHAPES[shape])
+    answers = take_turns(commands(folder, SHAPES[shape], dtype), folder, turns)
+    ids = {name: said[-1]["ids"] for name, said in answers.items()}
+    if dtype == "fp32":
+        assert all(found == ids["mytune"] for found in ids.values()), ids
+    seconds = {name: [turn["seconds"] for turn in said[1:]] for name, said in answers.items()}
+    for name, said in answers.items():
+        yield {
+            "model": shape,
+            "dtype": dtype,
+            "library": name,
+            "tokens/s": NEW / statistics.median(seconds[name]),
+            "mytune is x times as fast": median_ratio(seconds["mytune"], seconds[name]),
+            "peak MB": said[-1]["peak"] / 1e6,
+        }
+
+
+def commands(folder: Path, shape: Shape, dtype: str) -> dict[str, Sequence[str]]:
+    """Return the command of every library that is there."""
+    draw = random.Random(0)
+    settings = {
+        "model": str(folder / "model"),
+        "shape": shape.arguments(),
+        "dtype": DTYPES[dtype],
+        "prompt": [draw.randrange(3, shape.vocab_size) for _ in range(PROMPT)],
+        "new_tokens": NEW,
+    }
+    pythons = {
+        "mytune": sys.executable,
+        "torchtune": TORCHTUNE_PYTHON,
+        "transformers": sys.executable,
+    }
+    return {
+        name: [python, "-m", f"tests.benchmarks.peers.{name}_generate", json.dumps(settings)]
+        for name, python in pythons.items()
+        if python
+    }

@@ -1,0 +1,199 @@
+"""What a run promises: exact resume, nothing lost, numbers checked, signals obeyed, one run a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mytune.training import checkpointing
+from tests.recipes.conftest import LORA, curve
+
+MODELS = {"full": {}, "lora": {"model": {**LORA, "lora_dropout": 0.1}}}
+SCHEDULE = {
+    "_component_": "mytune.training.get_cosine_schedule_with_warmup",
+    "num_warmup_steps": 2,
+}
+
+
+def files_of(folder):
+    """Everything that two equal checkpoints share: names and bytes of weights and of recipe state."""
+    names = [p for p in Path(folder).rglob("*") if p.suffix == ".safetensors"]
+    return {str(p.relative_to(folder)): load_file(p) for p in names}
+
+
+def assert_same_files(left, right):
+    left, right = files_of(left), files_of(right)
+    assert left.keys() == right.keys() and left
+    for name, tensors in left.items():
+        assert tensors.keys() == right[name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, right[name][key]), (name, key)
+
+
+class Killed(BaseException):
+    """Ends a run wherever it is raised, as a kill would: nothing handles it."""
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_r1_killed_and_resumed_equals_never_stopped(run, config, model, at, monkeypatch):
+    config |= {**MODELS[model], "lr_scheduler": SCHEDULE, "save_every_n_steps": 1, "epochs": 2}
+    config["max_steps_per_epoch"] = 3
+    straight = {**config, "output_dir": config["output_dir"] + "_straight"}
+    expected = run(straight)
+
+    step = torch.optim.AdamW.step
+    calls = []
+
+    def dying(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > at:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch.optim.AdamW, "step", dying)
+        run(config)
+    resumed = run(config, "resume_from_checkpoint=True")
+    assert curve(resumed) == curve(expected)
+    assert [m["step"] for m in resumed] == [1, 2, 3, 4, 5, 6]
+    assert_same_files(straight["output_dir"] + "/epoch_1", config["output_dir"] + "/epoch_1")
+
+
+def test_r1_adapters_alone_are_enough_to_go_on(run, config):
+    config |= {"model": LORA, "save_adapter_weights_only": True, "epochs": 2}
+    straight = {**config, "output_dir": config["output_dir"] + "_straight"}
+    expected = run(straight, "max_steps_per_epoch=2")
+    run(config, "epochs=1", "max_steps_per_epoch=2")
+    resumed = run(config, "resume_from_checkpoint=True", "max_steps_per_epoch=2")
+    assert curve(resumed) == curve(expected)
+    saved = {p.name for p in Path(config["output_dir"], "epoch_1").iterdir()}
+    assert "adapter" in saved and not any(name.endswith(".safetensors") for name in saved)
+
+
+def test_a_finished_run_can_be_extended(run, config):
+    run(config, "max_steps_per_epoch=2")
+    metrics = run(config, "resume_from_checkpoint=True", "epochs=3", "max_steps_per_epoch=2")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert len(run(config, "resume_from_checkpoint=True", "epochs=3", "max_steps_per_epoch=2")) == 6
+
+
+def test_r3_a_corrupt_checkpoint_is_skipped_with_a_warning(run, config, capsys):
+    config |= {"save_every_n_steps": 1, "max_steps_per_epoch": 3}
+    expected = curve(run(config))
+    weights = Path(config["output_dir"], "epoch_0", "model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    capsys.readouterr()
+    assert curve(run(config, "resume_from_checkpoint=True")) == expected
+    assert "epoch_0" in capsys.readouterr().err
+
+
+def test_other_data_is_not_resumed(run, config, capsys):
+    run(config, "max_steps_per_epoch=1")
+    run(config, "resume_from_checkpoint=True", "batch_size=2", "max_steps_per_epoch=1", code=2)
+    assert "rows_per_step: was 8, is 4" in capsys.readouterr().err
+
+
+def test_r5_saving_changes_nothing(run, config):
+    config |= {"model": LORA, "max_steps_per_epoch": 4}
+    plain = run(config)
+    often = {**config, "output_dir": config["output_dir"] + "_often", "save_every_n_steps": 1}
+    assert curve(run(often)) == curve(plain)
+    assert_same_files(config["output_dir"] + "/epoch_0", often["output_dir"] + "/epoch_0")
+
+
+def test_r6_numbers_that_are_not_finite_stop_the_run(run, config, capsys, monkeypatch):
+    config |= {"save_every_n_steps": 1}
+    step = torch.optim.AdamW.step
+
+    def poison(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        if poisoned := self.state and list(self.state.values())[0]["step"] == 2:
+            self.param_groups[0]["params"][0].data[0] = float("nan")
+        return poisoned
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", poison)
+    run(config, code=6)
+    assert [p.name for p in Path(config["output_dir"]).glob("step_*")] == ["step_1"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(run, config, capsys):
+    run(config, "optimizer.lr=1e30", "shuffle=False", code=6)
+    assert "step 2" in capsys.readouterr().err
+
+
+def test_r8_another_runs_results_are_not_overwritten(run, config, capsys):
+    first = run(config, "max_steps_per_epoch=1")
+    assert run(config, "max_steps_per_epoch=1", "seed=8", code=7) == first
+    assert "overwrite_output_dir=True" in capsys.readouterr().err
+    assert run(config, "max_steps_per_epoch=1", "seed=8", "overwrite_output_dir=True") != first
+
+
+def start(config, tmp_path, *overrides):
+    """Start the recipe in a process of its own; return it once it has made a step."""
+    file = tmp_path / "process.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "mytune", "run", "full_finetune_single_device"]
+    process = subprocess.Popen(
+        [*command, "--config", str(file), *overrides], stderr=subprocess.PIPE, text=True
+    )
+    metrics = Path(config["output_dir"], "metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_r7_a_signal_ends_the_step_saves_and_can_be_resumed(run, config, tmp_path, number):
+    config |= {"epochs": 40}
+    process = start(config, tmp_path)
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 75
+    message = process.stderr.read()
+    assert "resume_from_checkpoint=True" in message and "Traceback" not in message
+    done = json.loads(Path(config["output_dir"], "metrics.jsonl").read_text().splitlines()[-1])
+    epochs = done["step"] // 5 + 1
+    resumed = run(config, "resume_from_checkpoint=True", f"epochs={epochs}")
+    straight = {**config, "output_dir": config["output_dir"] + "_straight"}
+    assert curve(resumed) == curve(run(straight, f"epochs={epochs}"))
+
+
+def test_r2_a_kill_never_costs_the_last_good_checkpoint(run, config, tmp_path):
+    config |= {"epochs": 40, "save_every_n_steps": 1}
+    process = start(config, tmp_path)
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    left = checkpointing.latest(Path(config["output_dir"]))
+    assert left is not None
+    assert not list(Path(config["output_dir"]).glob("*.tmp-*")) or left.step
+    run(config, "resume_from_checkpoint=True", f"epochs={left.step // 5 + 1}")
+    assert not list(Path(config["output_dir"]).glob("*.tmp-*"))
+
+
+def test_r8_a_second_run_in_the_same_folder_ends_at_once(run, config, tmp_path, capsys):
+    process = start({**config, "epochs": 400}, tmp_path)
+    try:
+        began = time.monotonic()
+        run(config, "overwrite_output_dir=True", code=7)
+        assert time.monotonic() - began < 10
+        assert str(process.pid) in capsys.readouterr().err
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert os.path.exists(config["output_dir"])
