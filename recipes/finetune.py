@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import yaml
 
-from mytune.config import Component, Components, component, instantiate
-from mytune.datasets import Batch, BatchLoader, ConcatDataset, TokenDataset, count_targets
+from mytune.config import Component, Components, component, instantiate, redact
+from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
 from mytune.errors import ConfigError, StoppedEarly
 from mytune.modules import (
     Decoder,
@@ -67,20 +67,6 @@ from mytune.training import (
 )
 
 log = logging.getLogger("mytune")
-
-# What the recipe itself hands to a component, so that a config need not.
-SUPPLIED = {
-    "optimizer": ["params"],
-    "lr_scheduler": ["optimizer", "num_training_steps", "last_epoch"],
-    "dataset": ["tokenizer"],
-    "dataset_val": ["tokenizer"],
-}
-
-
-CONSTANT_LR = {
-    "_component_": "mytune.training.get_constant_schedule_with_warmup",
-    "num_warmup_steps": 0,
-}
 
 
 @dataclass(kw_only=True)
@@ -126,8 +112,10 @@ class Config:
     max_steps_per_epoch: int | None = None
     # Any torch optimizer; it gets the parameters that train.
     optimizer: Component = component("torch.optim.AdamW", lr=2e-5, fused=True)
-    # Schedule of the learning rate; constant if not given.
-    lr_scheduler: Component | None = None
+    # Schedule of the learning rate, by default constant.
+    lr_scheduler: Component = component(
+        "mytune.training.get_constant_schedule_with_warmup", num_warmup_steps=0
+    )
     # Loss, called with model and batch; the sum over trained tokens.
     loss: Component = component("mytune.modules.loss.LinearCrossEntropyLoss")
     # Largest gradient norm; longer gradients are scaled down to it.
@@ -182,8 +170,8 @@ def main(cfg: Config) -> None:
 
         # Data before weights: it is quicker to be found wrong.
         tokenizer = instantiate(cfg.tokenizer)
-        loader = make_loader(cfg, tokenizer, seed)
-        val_loader = make_val_loader(cfg, tokenizer)
+        loader = make_loader(cfg, instantiate(cfg.dataset, tokenizer), tokenizer, seed)
+        val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
         run = identity(cfg, loader, seed)
         check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
@@ -193,7 +181,7 @@ def main(cfg: Config) -> None:
         if resumed:
             load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
         lr_scheduler = instantiate(
-            cfg.lr_scheduler or CONSTANT_LR,
+            cfg.lr_scheduler,
             optimizer,
             num_training_steps=total_steps,
             last_epoch=step - 1,
@@ -268,17 +256,18 @@ def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any) -> None:
 
 def make_logger(cfg: Config, step: int) -> MetricLoggers:
     """Open the metric loggers where a run of `step` steps left off, and give them the config."""
-    nodes = cfg.metric_logger if isinstance(cfg.metric_logger, list) else [cfg.metric_logger]
-    logger = MetricLoggers([instantiate(node) for node in nodes])
+    logger = MetricLoggers(as_list(instantiate(cfg.metric_logger)))
     logger.resume_at(step)
-    logger.log_config(yaml.safe_dump(asdict(cfg), sort_keys=False))
+    logger.log_config(yaml.safe_dump(redact(asdict(cfg)), sort_keys=False))
     return logger
 
 
-def make_loader(cfg: Config, tokenizer: ModelTokenizer, seed: int) -> BatchLoader:
-    """Tokenize the data and lay out every epoch's batches."""
+def make_loader(
+    cfg: Config, data: Dataset | list[Dataset], tokenizer: ModelTokenizer, seed: int
+) -> BatchLoader:
+    """Lay out the training rows of every epoch, several datasets as one."""
     loader = BatchLoader(
-        load_data(cfg.dataset, tokenizer),
+        ConcatDataset(as_list(data)),
         batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         seed=seed,
@@ -292,12 +281,14 @@ def make_loader(cfg: Config, tokenizer: ModelTokenizer, seed: int) -> BatchLoade
     return loader
 
 
-def make_val_loader(cfg: Config, tokenizer: ModelTokenizer) -> BatchLoader | None:
+def make_val_loader(
+    cfg: Config, data: Dataset | list[Dataset] | None, tokenizer: ModelTokenizer
+) -> BatchLoader | None:
     """Lay out the validation rows, always in the same order."""
-    if cfg.dataset_val is None:
+    if data is None:
         return None
     return BatchLoader(
-        load_data(cfg.dataset_val, tokenizer),
+        ConcatDataset(as_list(data)),
         batch_size=cfg.batch_size_val or cfg.batch_size,
         gradient_accumulation_steps=1,
         seed=0,
@@ -308,10 +299,9 @@ def make_val_loader(cfg: Config, tokenizer: ModelTokenizer) -> BatchLoader | Non
     )
 
 
-def load_data(dataset: Components, tokenizer: ModelTokenizer) -> TokenDataset:
-    """Build a dataset, or several one after the other."""
-    nodes = dataset if isinstance(dataset, list) else [dataset]
-    return ConcatDataset([instantiate(node, tokenizer) for node in nodes])
+def as_list(one_or_many: Any) -> list[Any]:
+    """Return what a component or a list of them gave as a list."""
+    return one_or_many if isinstance(one_or_many, list) else [one_or_many]
 
 
 def identity(cfg: Config, loader: BatchLoader, seed: int) -> dict[str, Any]:

@@ -15,8 +15,12 @@ def parser() -> Parser:
         "cp", description="Copy a recipe, or a config with every key and its comment, to change it."
     )
     parser.add_argument("name", metavar="NAME", help="a recipe or config that `tune ls` lists")
-    parser.add_argument("destination", metavar="DEST", help="a file, with or without suffix, or a folder")
-    parser.add_argument("-n", "--no-clobber", action="store_true", help="keep a file that is there already")
+    parser.add_argument(
+        "destination", metavar="DEST", help="a file, with or without suffix, or a folder"
+    )
+    parser.add_argument(
+        "-n", "--no-clobber", action="store_true", help="keep a file that is there already"
+    )
     parser.add_argument("--make-parents", action="store_true", help="create the folders above DEST")
     return parser
 
@@ -26,8 +30,9 @@ def main(argv: list[str]) -> int:
     recipe = registry.named_recipe(args.name)
     names = [*(each.name for each in registry.RECIPES), *registry.configs()]
     if args.name not in names:
+        near = did_you_mean(args.name, names)
         raise ConfigError(
-            f"there is no recipe or config {args.name!r}{did_you_mean(args.name, names)}; `tune ls` lists them"
+            f"there is no recipe or config {args.name!r} (`tune ls` lists them){near}"
         )
     target = _target(args.destination, args.name, ".py" if recipe else ".yaml")
     if args.no_clobber and target.exists():
@@ -44,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 
 def _target(destination: str, name: str, suffix: str) -> Path:
-    """Return the file to write: in a folder under the name's last part, else with the suffix appended."""
+    """Return the file to write: in a folder it is called as `name`; the suffix may be missing."""
     target = Path(destination).expanduser()
     if target.is_dir() or destination.endswith(os.sep):
         target = target / Path(name).name
@@ -58,5 +63,7 @@ def _config(name: str, target: Path) -> str:
 
     recipe = registry.recipe_of(name)
     assert recipe is not None  # every config belongs to a recipe: a test holds it
-    head = f"# {name} with every key of the recipe.\n#   tune run {recipe.name} --config {target}\n\n"
+    head = (
+        f"# {name} with every key of the recipe.\n#   tune run {recipe.name} --config {target}\n\n"
+    )
     return head + whole_config(name)

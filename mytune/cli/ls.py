@@ -17,7 +17,9 @@ def main(argv: list[str]) -> int:
     wanted = parser().parse_args(argv).recipe
     names = [recipe.name for recipe in registry.RECIPES]
     if wanted is not None and wanted not in names:
-        raise ConfigError(f"there is no recipe {wanted!r}{did_you_mean(wanted, names)}; `tune ls` lists all")
+        raise ConfigError(
+            f"there is no recipe {wanted!r} (`tune ls` lists them){did_you_mean(wanted, names)}"
+        )
     rows = [("RECIPE", "CONFIG")]
     for recipe in registry.RECIPES:
         if wanted in (None, recipe.name) and recipe.file.is_file():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from mytune import __version__
-from mytune.cli.report import DEBUG, report
+from mytune.cli.report import report, take_debug
 from mytune.errors import ConfigError, did_you_mean
 
 VERBS = {
@@ -33,10 +32,8 @@ commands:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tune` with these arguments (default: the process's) and return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--debug" in words:
-        os.environ[DEBUG] = "1"
-    return report(lambda: _run([word for word in words if word != "--debug"]))
+    words = take_debug(sys.argv[1:] if argv is None else argv)
+    return report(lambda: _run(words))
 
 
 def _run(words: list[str]) -> int:
@@ -50,6 +47,5 @@ def _run(words: list[str]) -> int:
         case [verb, *rest] if verb in VERBS:
             code: int = importlib.import_module(f"mytune.cli.{verb}").main(rest)
             return code
-    raise ConfigError(
-        f"there is no command {words[0]!r}{did_you_mean(words[0], VERBS)}; see `tune --help`"
-    )
+    near = did_you_mean(words[0], VERBS)
+    raise ConfigError(f"there is no command {words[0]!r} (`tune --help` lists them){near}")

@@ -34,7 +34,11 @@ class Recipe(NamedTuple):
 
 # A name that ends in _distributed runs under torchrun.
 RECIPES = [
-    Recipe("full_finetune_single_device", "finetune.py", ("*/*_full_single_device", "*/full_single_device")),
+    Recipe(
+        "full_finetune_single_device",
+        "finetune.py",
+        ("*/*_full_single_device", "*/full_single_device"),
+    ),
     Recipe("full_finetune_distributed", "finetune.py", ("*/*_full",)),
     Recipe(
         "lora_finetune_single_device",
@@ -75,7 +79,9 @@ def find_recipe(name: str) -> Path:
     if name.endswith(".py"):
         raise ConfigError(f"there is no file {name}")
     names = [recipe.name for recipe in RECIPES]
-    raise ConfigError(f"there is no recipe {name!r}{did_you_mean(name, names)}; `tune ls` lists them")
+    raise ConfigError(
+        f"there is no recipe {name!r} (`tune ls` lists them){did_you_mean(name, names)}"
+    )
 
 
 def find_config(name: str) -> Path:
@@ -87,13 +93,17 @@ def find_config(name: str) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml"):
-        raise ConfigError(f"there is no file {name}{did_you_mean(str(path.with_suffix('')), names)}")
-    hint = did_you_mean(name, names) or (f"; it is a recipe: see `tune ls {name}`" if named_recipe(name) else "")
-    raise ConfigError(f"there is no config {name!r}{hint}; `tune ls` lists them")
+        raise ConfigError(
+            f"there is no file {name}{did_you_mean(str(path.with_suffix('')), names)}"
+        )
+    hint = did_you_mean(name, names) or (
+        f"; it is a recipe: see `tune ls {name}`" if named_recipe(name) else ""
+    )
+    raise ConfigError(f"there is no config {name!r} (`tune ls` lists them){hint}")
 
 
 def recipe_for(config: str) -> Path:
-    """Return the file of the recipe that a config's name belongs to, or that a config file fits best.
+    """Return the file of the recipe that a config's name belongs to, or that a file fits best.
 
     A file does not say which recipe it is for: it is read as a config of each, and the one that
     finds least wrong with it is taken, the first of equals.

@@ -1,11 +1,11 @@
-"""What a command tells about its end: one line for an error, an exit code, a traceback if asked for."""
+"""How a command ends: one line for an error, an exit code, a traceback if asked for."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mytune.errors import ResourceError, StoppedEarly, TuneError
@@ -20,6 +20,13 @@ _ENVIRONMENT = {
     errno.EPERM: "no permission",
 }
 _PACKAGE = str(Path(__file__).parents[1])
+
+
+def take_debug(words: Sequence[str]) -> list[str]:
+    """Return a command line without `--debug`, and note whether it was there."""
+    if "--debug" in words:
+        os.environ[DEBUG] = "1"
+    return [word for word in words if word != "--debug"]
 
 
 def report(work: Callable[[], int | None]) -> int:
@@ -42,11 +49,20 @@ def outcome(work: Callable[[], int | None]) -> tuple[int, str]:
         return 1, str(end.code)
     except KeyboardInterrupt:
         return 130, ""
-    except BrokenPipeError:  # `tune ls | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141, ""
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141, ""
         return _explain(error)
+
+
+def _nobody_reads() -> bool:
+    """Say whether stdout is a pipe without a reader (`tune ls | head`); if so, leave it alone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _explain(error: Exception) -> tuple[int, str]:
@@ -69,23 +85,30 @@ def _environment(error: Exception) -> ResourceError | None:
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("mytune"):
         return ResourceError(f"the package {error.name!r} is not installed: pip install it")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-        return ResourceError(f"out of memory: {_first_line(error)}; a smaller batch_size needs less")
+        return ResourceError(
+            f"out of memory: {_first_line(error)}; a smaller batch_size needs less"
+        )
     return None
 
 
 def _bug(error: Exception, trace: str) -> TuneError:
-    """Return the one line for an error that nobody foresaw; its traceback goes to a file, so that it is not lost."""
+    """Return the line for an error that nobody foresaw; a file keeps its traceback."""
     import tempfile
     import traceback
 
+    from mytune.cli.registry import ROOT
+
     frames = traceback.extract_tb(error.__traceback__)
     libraries = (sys.prefix, sys.base_prefix, "<")
-    near = [f for f in frames if f.filename.startswith(_PACKAGE) or not f.filename.startswith(libraries)]
+    near = [
+        f for f in frames if f.filename.startswith(_PACKAGE) or not f.filename.startswith(libraries)
+    ]
     last = (near or frames)[-1]
+    ours = last.filename.startswith((_PACKAGE, str(ROOT / "recipes")))
     with tempfile.NamedTemporaryFile("w", prefix="mytune-", suffix=".txt", delete=False) as file:
         file.write(trace)
     return TuneError(
-        f"a bug of mytune: {type(error).__name__}: {_first_line(error)}"
+        f"{'a bug of mytune' if ours else 'a bug'}: {type(error).__name__}: {_first_line(error)}"
         f" ({last.filename}:{last.lineno}); the traceback is in {file.name}, --debug prints it"
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
-from mytune.cli.report import report
+from mytune.cli.report import report, take_debug
 from mytune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,12 +37,18 @@ def parser() -> Parser:
         "run",
         usage="tune run [torchrun options] RECIPE --config CONFIG [key=value ...] [~key ...]",
         description="Run a recipe with a config.",
-        epilog="It runs in this process, or under torchrun if torchrun options are given (they come before"
-        " RECIPE: `torchrun --help` lists them) or RECIPE ends in _distributed (one process per GPU then).",
+        epilog="It runs in this process, or under torchrun: if torchrun's options are given, before"
+        " RECIPE (`torchrun --help`), or RECIPE ends in _distributed (then one process per GPU).",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe that `tune ls` lists, or a Python file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="sets a key; ~key removes one")
-    parser.add_argument("--config", metavar="CONFIG", help="a config that `tune ls` lists, or a YAML file")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a recipe that `tune ls` lists, or a Python file"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="sets a key; ~key removes one"
+    )
+    parser.add_argument(
+        "--config", metavar="CONFIG", help="a config that `tune ls` lists, or a YAML file"
+    )
     parser.add_argument(
         "--allow-component",
         action="append",
@@ -60,12 +66,13 @@ def main(argv: list[str]) -> int:
         return 0
     job = parse(words)
     _prepare_torch()
-    tell(load(job))
+    loaded = load(job)
+    tell(loaded)
     if options or job.recipe.stem.endswith("_distributed") or words[0].endswith("_distributed"):
         from mytune.cli.torchrun import launch
 
         return launch(options, words)
-    return execute(job)
+    return execute(job, loaded)
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -75,7 +82,9 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         name, equals, _ = argv[at].partition("=")
         name = name.replace("_", "-")
         if name in _OURS:
-            raise ConfigError(f"torchrun's {name} has no place here: `tune run` starts the recipe itself")
+            raise ConfigError(
+                f"torchrun's {name} has no place here: `tune run` starts the recipe itself"
+            )
         alone = equals or name in _SWITCHES or name in ("-h", "--help")
         at += 1 if alone else 2
     return list(argv[:at]), list(argv[at:])
@@ -103,9 +112,8 @@ def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
         raise ConfigError(f"--config is missing: a YAML file, or one of {names}")
     owner = registry.recipe_of(args.config) if args.config in registry.configs() else None
     if built_in and owner and owner.file != recipe:
-        raise ConfigError(
-            f"{args.config} is a config of another recipe: `tune run {owner.name} --config {args.config}`"
-        )
+        right = f"tune run {owner.name} --config {args.config}"
+        raise ConfigError(f"{args.config} is a config of another recipe: `{right}`")
 
 
 def load(job: Job, *, components: bool = True) -> LoadedConfig:
@@ -125,41 +133,42 @@ def tell(loaded: LoadedConfig) -> None:
         print(f"notice: {notice}", file=sys.stderr)
 
 
-def execute(job: Job, module: ModuleType | None = None) -> int:
-    """Run the recipe's `main` in this process and return its exit code; components are not checked again."""
-    values = load(job, components=False).values()
+def execute(job: Job, loaded: LoadedConfig, module: ModuleType | None = None) -> int:
+    """Run the recipe's `main` in this process and return its exit code."""
     module = module or _import_recipe(job.recipe)
     if not hasattr(module, "main"):
         raise ConfigError(f"{job.recipe} has no `def main(cfg: Config)`: a recipe starts there")
-    return module.main(module.Config(**values)) or 0
+    code: int | None = module.main(module.Config(**loaded.values()))
+    return code or 0
 
 
 def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
     """Run the recipe in `file`, the caller's own, as `tune run` would, and return the exit code.
 
-    For the end of a recipe file: `if __name__ == "__main__": raise SystemExit(run_recipe(__file__))`
-    lets `python my_recipe.py --config my.yaml` and torchrun run it.
+    A recipe file that ends in `if __name__ == "__main__": raise SystemExit(run_recipe(__file__))`
+    is a script for `python my_recipe.py --config my.yaml` and for torchrun.
     """
-    words = [file, *(sys.argv[1:] if argv is None else argv)]
+    words = [file, *take_debug(sys.argv[1:] if argv is None else argv)]
     caller = sys.modules["__main__"]
     same = getattr(caller, "__file__", None) and os.path.samefile(str(caller.__file__), file)
 
     def work() -> int:
         job = parse(words)
-        tell(load(job))
-        return execute(job, caller if same else None)
+        loaded = load(job)
+        tell(loaded)
+        return execute(job, loaded, caller if same else None)
 
     return report(work)
 
 
 def _prepare_torch() -> None:
-    """Let CUDA's allocator grow its segments, unless the user has set it: less memory lost to gaps."""
+    """Let CUDA's allocator grow its segments, which loses less memory; the user's setting wins."""
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _import_recipe(file: Path) -> ModuleType:
-    """Import a recipe under its own name, as pickling needs it, with its folder on the path, as Python does."""
+    """Import a recipe under its own name, with its folder on the path, so that pickles find it."""
     import importlib.util
 
     taken = file.stem in sys.modules or file.stem in sys.stdlib_module_names

@@ -1,8 +1,7 @@
-"""Running a recipe in several processes: torchrun's launcher, its signals and its exit code made ours."""
+"""A recipe in several processes: torchrun's launcher, with our signals and exit codes."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from mytune.cli.report import DEBUG
-from mytune.cli.worker import FOLDER
+from mytune.cli.worker import FOLDER, first_failure
 from mytune.errors import ConfigError, TuneError
 
 
@@ -31,7 +30,10 @@ class RankDied(TuneError):
 
 
 def launch(options: Sequence[str], words: Sequence[str]) -> int:
-    """Run `words`, a recipe and its arguments, under torchrun and return the exit code of the rank that failed first."""
+    """Run `words`, a recipe and its arguments, under torchrun.
+
+    Returns the exit code of the rank that failed first and prints what that rank said.
+    """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -42,11 +44,10 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
     _share_cores(args.nproc_per_node, run.determine_local_world_size)
     with tempfile.TemporaryDirectory(prefix="mytune-") as name, _quiet():
         folder = Path(name)
-        os.environ[FOLDER] = name
         failure = None
         try:
-            with _pass_signals_on(folder):
-                run.run(args)
+            with _environment(name), _pass_signals_on(folder):
+                run.run(args)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
             failure = error.get_first_failure()
         except SignalException as error:
@@ -57,15 +58,6 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
     if text:
         print(text, file=sys.stderr)
     return code
-
-
-def first_failure(folder: Path) -> tuple[int, str]:
-    """Return code and message of the rank that failed first, in the last attempt; (0, "") if none did."""
-    outcomes = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-    attempt = max((each["attempt"] for each in outcomes), default=0)
-    failed = [each for each in outcomes if each["attempt"] == attempt and each["code"]]
-    first = min(failed, key=lambda each: each["time"], default={"code": 0, "text": ""})
-    return first["code"], first["text"]
 
 
 def _defaults(options: Sequence[str]) -> list[str]:
@@ -87,8 +79,22 @@ def _share_cores(processes: str, count: Callable[[str], int]) -> None:
         number = count(processes)
     except ValueError as error:
         raise ConfigError(f"--nproc-per-node {processes}: {error}") from None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, number))))
+
+
+@contextmanager
+def _environment(folder: str) -> Iterator[None]:
+    """Tell the workers where to leave their outcome, and to import nothing from the cwd."""
+    before = dict(os.environ)
+    os.environ.update({FOLDER: folder, "PYTHONSAFEPATH": "1"})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager
@@ -106,7 +112,7 @@ def _quiet() -> Iterator[None]:
 def _pass_signals_on(folder: Path) -> Iterator[None]:
     """Pass the first SIGTERM or Ctrl-C on to the workers and wait for them; a second one ends them.
 
-    torchrun's own handling gives them 30 s, too little to save a large model, and forgets their exit codes.
+    torchrun itself gives them 30 s, too little to save a large model, and loses their codes.
     """
     asked: list[int] = []
 

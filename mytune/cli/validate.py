@@ -9,12 +9,16 @@ from mytune.cli.parser import Parser
 def parser() -> Parser:
     parser = Parser(
         "validate",
-        description="Check a config's keys and types, its components' arguments and its input files.",
-        epilog="A config file is checked against the recipe that fits it best, unless --recipe names one.",
+        description="Check a config: keys and types, components' arguments, input files.",
+        epilog="A file is checked against the recipe that it fits best, unless --recipe names one.",
     )
     parser.add_argument("config", metavar="CONFIG", help="a config's name, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `tune run`; also ~key")
-    parser.add_argument("--recipe", metavar="RECIPE", help="the recipe that the config is for: a name or a file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="as for `tune run`; also ~key"
+    )
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="the recipe that the config is for: a name or a file"
+    )
     parser.add_argument(
         "--allow-component",
         action="append",

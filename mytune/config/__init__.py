@@ -1,7 +1,7 @@
 """Typed configs: the schema in a recipe, YAML, overrides, components; imports no torch."""
 
 from mytune.config.check import check_components
-from mytune.config.instantiate import instantiate
+from mytune.config.components import instantiate
 from mytune.config.load import LoadedConfig, config_error, load_config, read_config
 from mytune.config.redact import redact
 from mytune.config.schema import Field, Schema, read_schema

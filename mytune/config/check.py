@@ -8,9 +8,8 @@ from inspect import Parameter
 from pathlib import Path as File
 from typing import TYPE_CHECKING
 
-from mytune.config.instantiate import refusal
+from mytune.config.components import refusal
 from mytune.config.redact import redact
-from mytune.config.schema import Supplied
 from mytune.config.signatures import annotation, fits, read_parameters
 from mytune.config.types import KEY, Component, components, dotted
 from mytune.errors import TuneError, did_you_mean
@@ -39,61 +38,63 @@ def check_components(loaded: LoadedConfig, *, files: bool = True) -> list[str]:
 
     Imports what is named, except Python files below the current directory: those are read, not run.
     """
-    tree, problems = loaded.tree, []
+    tree, supplied, problems = loaded.tree, loaded.schema.supplied, []
     for path, node in components(loaded.resolved):
         if not isinstance(node[KEY], str) or refusal(node[KEY]):
             continue  # `read_config` said so
-        first = len(path) == 1 or (len(path) == 2 and path[1].isdecimal())
-        nested = Supplied(0, frozenset(), more=False)
-        findings = _check(node, loaded.schema.supplied.get(path[0]) if first else nested, files)
-        for argument, text in findings:
+        is_outer = len(path) == 1 or (len(path) == 2 and path[1].isdecimal())
+        by_recipe: list[str] | None = []
+        if is_outer:
+            by_recipe = None if supplied is None else supplied.get(path[0], [])
+        for argument, text in _check(node, by_recipe, files):
             key = (*path, argument)
             if key not in tree.broken:
                 problems.append(redact(f"{tree.where(key)}: {dotted(key)}: {text}"))
     return problems
 
 
-def _check(node: Component, supplied: Supplied | None, files: bool) -> Iterator[Finding]:
+def _check(node: Component, by_recipe: list[str] | None, files: bool) -> Iterator[Finding]:
     try:
         parameters = read_parameters(node[KEY])
     except TuneError as error:
         yield KEY, error.message
         return
     if parameters is not None:
-        yield from _check_arguments(node, parameters, supplied)
+        yield from _check_arguments(node, parameters, by_recipe)
     if files and node[KEY].startswith("mytune."):
         yield from _check_files(node)
 
 
 def _check_arguments(
-    node: Component, parameters: list[Parameter], supplied: Supplied | None
+    node: Component, parameters: list[Parameter], by_recipe: list[str] | None
 ) -> Iterator[Finding]:
-    """`supplied` is what the recipe adds; None where that cannot be seen: nothing is missing then."""
+    """`by_recipe` is what the recipe adds; None if it does not say: nothing counts as missing then."""
     short = node[KEY].rpartition(".")[2]
     takes_all = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
     starred = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     named = {p.name: p for p in parameters if p.kind not in starred}
-    by_recipe = list(named)[: supplied.positional] if supplied else []
+    added = list(named)[:1] + by_recipe[1:] if by_recipe else []
     for key, value in node.items():
-        if key in by_recipe:
+        if key in added:
             yield key, f"the recipe itself gives {short} this argument: remove it"
         elif key in named and not fits(value, named[key]):
             yield key, f"{value!r} is not {annotation(named[key])}"
         elif key not in named and key != KEY and not takes_all:
-            near = did_you_mean(key, named.keys() - set(by_recipe))
+            near = did_you_mean(key, named.keys() - set(added))
             yield key, f"{short} takes no argument {key!r}{near}"
-    if supplied is None or supplied.more:
-        return
-    for key in sorted(supplied.keywords - named.keys()) if not takes_all else ():
-        yield KEY, f"{short} does not take {key!r}, which the recipe gives: name another component"
-    given = {*node, *by_recipe, *supplied.keywords}
-    for key, parameter in named.items():
-        if parameter.default is Parameter.empty and key not in given:
+    for key in added if not takes_all else ():
+        if key not in named:
+            yield (
+                KEY,
+                f"{short} does not take {key!r}, which the recipe gives: name another component",
+            )
+    for key, parameter in named.items() if by_recipe is not None else ():
+        if parameter.default is Parameter.empty and key not in {*node, *added}:
             yield KEY, f"{short} needs the argument {key!r}"
 
 
 def _check_files(node: Component) -> Iterator[Finding]:
-    """Inputs may be given from the current directory, or within `checkpoint_dir` or `output_dir`."""
+    """Inputs are found from the current directory, or in `checkpoint_dir` or `output_dir`."""
     folders = ["", *(str(node[key]) for key in ("checkpoint_dir", "output_dir") if node.get(key))]
     for key in _INPUTS:
         value = node.get(key)

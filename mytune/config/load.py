@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
-from mytune.config.instantiate import allow, refusal
+from mytune.config.components import allow, refusal
 from mytune.config.overrides import apply_overrides
 from mytune.config.redact import redact
 from mytune.config.schema import Schema, read_schema
@@ -39,7 +41,7 @@ class LoadedConfig:
 
     @property
     def notices(self) -> list[str]:
-        """What the user should know: names of torchtune's mapped, keys ignored, arguments dropped."""
+        """What the user should know: torchtune's names, keys ignored, arguments dropped."""
         return [redact(each) for each in self.tree.notices]
 
     def values(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def load_config(
     *,
     allow_components: Sequence[str] = (),
 ) -> LoadedConfig:
-    """Return the config or raise a `ConfigError` that lists all that is wrong; imports no component."""
+    """Return the config or raise a `ConfigError` with all that is wrong; imports no component."""
     loaded = read_config(recipe_file, config_file, overrides, allow_components=allow_components)
     if loaded.problems:
         raise config_error(loaded.problems)
@@ -87,7 +89,12 @@ def config_error(problems: Sequence[str]) -> ConfigError:
     """Return the error that lists `problems`; a single one is the message itself."""
     if len(problems) == 1:
         return ConfigError(problems[0])
-    return ConfigError(f"the config has {len(problems)} problems", problems)
+    return ConfigError(f"the config has {len(problems)} problems", sorted(problems, key=_line))
+
+
+def _line(problem: str) -> int:
+    found = re.match(r".*?:(\d+): ", problem)
+    return int(found[1]) if found else sys.maxsize  # what is not in the file comes last
 
 
 def read_config(
@@ -135,7 +142,7 @@ def _translate(tree: Tree, node: Any, path: Path) -> Any:
         return node
     if why := bad_reference(node):
         tree.problem(path, why)
-        return None
+        return "???"  # OmegaConf's word for a value that is missing
     name = our_name(node) if path[-1] == KEY or node.startswith("torchtune.") else node
     if name != node and (notice := f"{node} is {name} here") not in tree.notices:
         tree.notices.append(notice)

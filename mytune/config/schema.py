@@ -7,7 +7,7 @@ import io
 import tokenize
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,17 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Supplied:
-    """What a recipe adds to a component's arguments when it calls `instantiate(cfg.key, ...)`."""
-
-    positional: int
-    keywords: frozenset[str]
-    more: bool  # a star argument: nobody can count
-
-
-@dataclass(frozen=True)
 class Schema:
-    """A recipe's keys. `supplied` holds what its `instantiate(cfg.key, ...)` calls add to each."""
+    """A recipe's keys, and what it hands to their components besides a config's arguments.
+
+    `supplied` is the recipe's table SUPPLIED: key -> names of arguments, the first of which goes by
+    position, the others by name; None if it has no such table.
+    """
 
     file: Path
     docstring: str
     fields: list[Field]
-    supplied: dict[str, Supplied] = field(default_factory=dict)
+    supplied: dict[str, list[str]] | None = None
 
     @property
     def names(self) -> dict[str, Field]:
@@ -95,8 +90,7 @@ def read_schema(recipe_file: Path) -> Schema:
     if not found:
         raise ConfigError(f"{recipe_file} has no `class Config`: a recipe declares its keys there")
     fields = _read_fields(found[0], source, recipe_file)
-    supplied = _read_supplied(tree, {each.name for each in fields})
-    return Schema(recipe_file, ast.get_docstring(tree) or "", fields, supplied)
+    return Schema(recipe_file, ast.get_docstring(tree) or "", fields, _read_supplied(tree))
 
 
 def parse_hint(annotation: str) -> Any:
@@ -198,17 +192,9 @@ def _comment(comments: dict[int, tuple[str, bool]], start: int, line: int) -> tu
     return trailing[0] if trailing else "\n".join(block), section
 
 
-def _read_supplied(tree: ast.Module, names: set[str]) -> dict[str, Supplied]:
-    found: dict[str, Supplied] = {}
-    for call in ast.walk(tree):
-        match call:
-            case ast.Call(func=ast.Name(id="instantiate"), args=[ast.Attribute(attr=key), *rest]):
-                if key not in names:
-                    continue
-                more = any(isinstance(each, ast.Starred) for each in rest)
-                more = more or any(each.arg is None for each in call.keywords)
-                keywords = frozenset(each.arg for each in call.keywords if each.arg)
-                this = Supplied(len(rest), keywords, more)
-                same = found.get(key, this) == this
-                found[key] = this if same else Supplied(0, frozenset(), more=True)
-    return found
+def _read_supplied(tree: ast.Module) -> dict[str, list[str]] | None:
+    for node in tree.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id="SUPPLIED")], value=ast.Dict() as table):
+                return {key: list(names) for key, names in ast.literal_eval(table).items()}
+    return None

@@ -10,7 +10,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
-from mytune.config.instantiate import find_component, local_file
+from mytune.config.components import find_component, local_file
 from mytune.config.schema import parse_hint
 from mytune.config.types import KEY
 from mytune.errors import ConfigError, did_you_mean
@@ -36,7 +36,7 @@ def annotation(parameter: Parameter) -> str:
 
 
 def fits(value: Any, parameter: Parameter) -> bool:
-    """May `value` be given to `parameter`? Yes where the annotation is none a config has a word for."""
+    """May `value` be given to `parameter`? Yes, if its annotation is none that configs know."""
     built = isinstance(value, dict) and KEY in value
     if built or parameter.annotation is Parameter.empty or value is parameter.default is None:
         return True

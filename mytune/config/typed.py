@@ -19,7 +19,7 @@ MAX_TEXT = 1_000_000  # characters that references may expand to
 
 _OPEN = r"(?<!\\)(?:\\\\)*\$\{"
 _REFERENCE = re.compile(_OPEN + r"([A-Za-z_][\w.-]*)\}")
-_BAD_REFERENCE = re.compile(_OPEN + r"(?!oc\.env:|[A-Za-z_][\w.-]*\})")
+_BAD_REFERENCE = re.compile(_OPEN + r"(?!oc\.env:|asset:\w+\}|[A-Za-z_][\w.-]*\})")
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
 
@@ -57,12 +57,17 @@ def bad_reference(text: str) -> str | None:
     """Return what is wrong with a `${...}` in `text`: OmegaConf's other resolvers stay out."""
     if not _BAD_REFERENCE.search(text):
         return None
-    allowed = "only ${key} and ${oc.env:NAME} are filled in; for the text itself write \\${"
-    return f"{text!r}: {allowed}"
+    allowed = "only ${key}, ${oc.env:NAME} and ${asset:NAME} are filled in"
+    return f"{text!r}: {allowed}; for the text itself write \\${{"
 
 
 def resolve(tree: Tree, typed: DictConfig) -> dict[str, Any]:
     """Return plain values with references filled in; where one cannot be is a problem, and None."""
+    from omegaconf import OmegaConf
+
+    from mytune.assets import ASSETS
+
+    OmegaConf.register_resolver("asset", lambda name: str(ASSETS / name), replace=True)
     try:
         _spend(tree.values, tree.values, [MAX_TEXT])
     except (OverflowError, RecursionError):
@@ -86,15 +91,25 @@ def _spend(values: dict[str, Any], node: Any, budget: list[int]) -> None:
 
 def _resolve(tree: Tree, container: Any, key: Any, path: Path) -> Any:
     from omegaconf import DictConfig, ListConfig
-    from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+    from omegaconf.errors import (
+        InterpolationKeyError,
+        InterpolationToMissingValueError,
+        OmegaConfBaseException,
+    )
 
+    if path in tree.broken:
+        return None
     try:
         value = container[key]
     except InterpolationToMissingValueError:  # reported where the value is missing
         tree.broken.add(path)
         return None
     except OmegaConfBaseException as error:
-        tree.problem(path, _why(tree, lookup(tree.values, path), str(error)))
+        text = lookup(tree.values, path)
+        line = str(error).splitlines()[0].rpartition("interpolation: ")[2].strip('"')
+        unknown = _REFERENCE.findall(str(text)) if isinstance(error, InterpolationKeyError) else []
+        near = did_you_mean(unknown[0], tree.schema.names) if unknown else ""
+        tree.problem(path, f"{text!r}: {line}{near}")
         return None
     if isinstance(value, DictConfig):
         return {each: _resolve(tree, value, each, (*path, str(each))) for each in value}
@@ -102,10 +117,3 @@ def _resolve(tree: Tree, container: Any, key: Any, path: Path) -> Any:
         return [_resolve(tree, value, i, (*path, str(i))) for i in range(len(value))]
     return value
 
-
-def _why(tree: Tree, text: Any, error: str) -> str:
-    if text == "???":
-        return "has no value yet: write one"
-    line = error.splitlines()[0].rpartition("interpolation: ")[2].strip('"')
-    name = _REFERENCE.search(str(text))
-    return f"{text!r}: {line}" + (did_you_mean(name[1], tree.schema.names) if name else "")

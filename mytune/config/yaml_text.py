@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever any of the two readings of YAML would take for something other than text."""
+    """Quotes what YAML 1.1 or our reading of it would take for something other than text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

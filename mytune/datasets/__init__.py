@@ -4,6 +4,7 @@ from mytune._lazy import lazy_names
 
 _WHERE = {
     "AlpacaToMessages": "formats",
+    "Batch": "loader",
     "BatchLoader": "loader",
     "ChatMLTemplate": "formats",
     "ConcatDataset": "packing",

@@ -76,7 +76,7 @@ def _build(
 
 
 def _keeps(filter_fn: Callable[[Columns], bool], row: Row) -> bool:
-    """Ask for a row; one that could not be read is kept, to be reported or skipped as all such are."""
+    """Ask for a row; one that could not be read is kept, to be reported or skipped like others."""
     return isinstance(row.values, DataError) or filter_fn(row.values)
 
 

@@ -159,9 +159,7 @@ class _ConversationToMessages:
             )
         name = str(turn[self._role_key])
         if name not in self._roles:
-            raise DataError(
-                f"role {name!r} is not one of {', '.join(self._roles)}"
-            )
+            raise DataError(f"role {name!r} is not one of {', '.join(self._roles)}")
         role = self._roles[name]
         content = _joined(turn.get(self._text_key))
         return Message(role, content, masked=role != "assistant" and not self.train_on_input)
@@ -208,8 +206,8 @@ def text_of(row: Columns, column: str) -> str:
 def _value(row: Columns, column: str) -> Any:
     if column not in row:
         raise DataError(
-            f"no column {column!r}; the row has {', '.join(map(str, row)) or 'none'}: say which to take "
-            "with the dataset's column_map, column or conversation_column"
+            f"no column {column!r}; the row has {', '.join(map(str, row)) or 'none'}: say which to "
+            "take with the dataset's column_map, column or conversation_column"
         )
     return row[column]
 

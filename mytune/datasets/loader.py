@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mytune.datasets.tokens import IGNORE_INDEX, Dataset, IntArray, Sample
+from mytune.datasets.tokens import IGNORE_INDEX, Dataset, Int32Array, IntArray, Sample
 from mytune.errors import ConfigError
 
 Batch: TypeAlias = dict[str, Tensor]
@@ -71,7 +71,7 @@ class BatchLoader:
         return np.argsort(bits, kind="stable")
 
     def _micro_batches(self, rows: IntArray) -> list[Batch]:
-        """Cut the rows of a step, longest first, into micro-steps; return this rank's share of each."""
+        """Cut a step's rows, longest first, into micro-steps; return this rank's share of each."""
         rows = rows[np.argsort(-self.dataset.lengths[rows], kind="stable")]
         starts = range(0, len(rows), self._rows_per_micro_step)
         micro_steps = [rows[start : start + self._rows_per_micro_step] for start in starts]
@@ -82,10 +82,10 @@ class BatchLoader:
         return collate(samples, self.pad_id, self.dataset.pad_to)
 
     def _spare(self) -> Sample:
-        """Return a token that trains nothing: a rank without rows must still take part in the step."""
+        """Return a token that trains nothing: a rank without rows still takes part in the step."""
         first = self.dataset[0]
         first["labels"].fill(IGNORE_INDEX)
-        return cast(Sample, {key: array[:1] for key, array in first.items()})
+        return cast(Sample, {key: cast(Int32Array, array)[:1] for key, array in first.items()})
 
 
 def collate(samples: Sequence[Sample], pad_id: int, pad_to: int | None = None) -> Batch:

@@ -37,8 +37,8 @@ class PackedDataset:
             )
         if not split_across_pack and ds.lengths.max() > max_seq_len:
             raise ConfigError(
-                f"a row of {ds.lengths.max():,} tokens does not fit into packs of {max_seq_len:,}: truncate "
-                "rows with tokenizer.max_seq_len, or set split_across_pack"
+                f"a row of {ds.lengths.max():,} tokens does not fit into packs of {max_seq_len:,}: "
+                "truncate rows with tokenizer.max_seq_len, or set split_across_pack"
             )
         self.ds, self.pad_to, self.split = ds, max_seq_len, split_across_pack
         self._ends = np.cumsum(ds.lengths)
@@ -50,16 +50,19 @@ class PackedDataset:
 
     def __len__(self) -> int:
         if self.split:
-            return ceil(self._ends[-1] / self.pad_to)
+            return ceil(int(self._ends[-1]) / self.pad_to)
         return len(self._starts) - 1
 
     @cached_property
     def lengths(self) -> IntArray:
         """Tokens in each pack."""
+        lengths: IntArray
         if self.split:
             blocks = np.arange(len(self) + 1) * self.pad_to
-            return np.diff(np.minimum(blocks, self._ends[-1]))
-        return np.add.reduceat(self.ds.lengths[self._order], self._starts[:-1])
+            lengths = np.diff(np.minimum(blocks, self._ends[-1]))
+        else:
+            lengths = np.add.reduceat(self.ds.lengths[self._order], self._starts[:-1])
+        return lengths
 
     def __getitem__(self, index: int) -> Sample:
         """Return a pack."""

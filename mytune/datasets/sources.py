@@ -1,4 +1,4 @@
-"""Rows of a data set, read as a stream: from local json, jsonl, csv, parquet and txt files, or from the hub."""
+"""Rows of a data set as a stream: from json, jsonl, csv, parquet and txt files, or from the hub."""
 
 from __future__ import annotations
 
@@ -62,57 +62,51 @@ def open_source(
     """Find the rows that `source` names; nothing of local files is read but for their identity.
 
     Args:
-        source: a file, a folder, a glob, a list of these, or a data set on the hub; or one of json, csv,
-            parquet and text, with its `data_files`.
-        split: `train`, `train[:1000]`, `train[10%:]`. Of a local folder it takes the files that have the
+        source: a file, a folder, a glob, a list of these, or a data set on the hub; or one of json,
+            csv, parquet and text, with its `data_files`.
+        split: `train`, `train[:1000]`, `train[10%:]`. Of a folder it takes the files that have the
             split's word in their names, or for `train`, if there are none, all files.
         name, revision: configuration and version of a data set on the hub.
-        sample_by: what a row of a txt file is: a `line`, a `paragraph` (up to an empty line), or the whole
-            file as a `document`.
+        sample_by: what a row of a txt file is: a `line`, a `paragraph` (up to an empty line), or
+            the whole file, `document`.
     """
     if sample_by not in _TEXT_ROWS:
         raise ConfigError(f"sample_by is {sample_by!r}; it can be {', '.join(_TEXT_ROWS)}")
-    patterns = _local_patterns(source, split, data_files, data_dir)
-    if patterns is None:
-        options = {
-            "data_files": data_files,
-            "data_dir": data_dir,
-            "name": name,
-            "revision": revision,
-        }
-        return _hub_source(str(source), split, options)
+    kind = source if isinstance(source, str) and source in _READERS else None
+    named = _files_of_split(data_files, split)
+    if kind and not named and not data_dir:
+        raise ConfigError(f"source is {kind!r}, which needs data_files: a file, a glob or a list")
+    if any("://" in file for file in named) or not (kind or _is_local(source)):
+        options = {"data_files": data_files, "data_dir": data_dir, "revision": revision}
+        return _hub_source(str(source), split, name=name, **options)
+    folders = [source] if isinstance(source, str) else source
+    paths = [
+        Path("" if kind else folder, data_dir or "", file).expanduser()
+        for folder in folders
+        for file in named or [""]
+    ]
     word, first, last = _parse_split(split)
-    files = [file for pattern in patterns for file in _expand(pattern, word)]
-    kind = source if source in _READERS else None
-    readers = {file: _reader(file, kind, sample_by) for file in files}
-    read = partial(_slice, partial(_read_files, readers), first, last)
-    identity = [_identity(file) for file in files]
-    return Source(json.dumps([identity, first, last, sample_by, kind]), read)
-
-
-def _local_patterns(
-    source: str | list[str], split: str, data_files: DataFiles, data_dir: str | None
-) -> list[str] | None:
-    """Return the files, folders and globs that are meant, None for a data set on the hub."""
     if isinstance(data_files, Mapping):
-        key = _parse_split(split)[0]
-        if key not in data_files:
+        word = "train"  # the mapping has said which files the split is
+    files = [file for path in paths for file in _expand(path, word)]
+    readers = [(file, _reader(file, kind, sample_by)) for file in files]
+    identity = [[_identity(file) for file in files], first, last, sample_by, kind]
+    read = partial(_slice, partial(_read_files, readers), first, last)
+    return Source(json.dumps(identity), read)
+
+
+def _files_of_split(data_files: DataFiles, split: str) -> list[str]:
+    if isinstance(data_files, Mapping):
+        name = _parse_split(split)[0]
+        if name not in data_files:
             raise ConfigError(f"split is {split!r}, but data_files has {', '.join(data_files)}")
-        data_files = data_files[key]
-    files = [data_files] if isinstance(data_files, str) else list(data_files or [])
-    if any("://" in file for file in files):
-        return None
-    if isinstance(source, str) and source in _READERS:
-        if not files and not data_dir:
-            raise ConfigError(f"source is {source!r}, which needs data_files: a file, glob or list")
-        return [str(Path(data_dir or "", file)) for file in files or [""]]
-    if isinstance(source, str) and not _is_local(source):
-        return None
-    sources = [source] if isinstance(source, str) else source
-    return [str(Path(each, data_dir or "", file)) for each in sources for file in files or [""]]
+        data_files = data_files[name]
+    return [data_files] if isinstance(data_files, str) else data_files or []
 
 
-def _is_local(source: str) -> bool:
+def _is_local(source: str | list[str]) -> bool:
+    if not isinstance(source, str):
+        return True
     path = Path(source).expanduser()
     looks_local = source.startswith((".", "/", "~")) or path.suffix.lower() in _SUFFIXES
     return looks_local or glob.has_magic(source) or path.exists()
@@ -130,44 +124,32 @@ def _parse_split(split: str) -> tuple[str, str | None, str | None]:
     return name, first, last
 
 
-def _expand(pattern: str, split: str) -> list[Path]:
+def _expand(path: Path, split: str) -> list[Path]:
     """Return the data files that a path or a glob stands for, sorted."""
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        return [_with_split(path, split)]
     if path.is_dir():
-        return _of_split(path, split)
-    files = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-    if files := [file for file in files if file.is_file()]:
-        return [_with_split(file, split) for file in files]
-    near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")])
-    raise ConfigError(
-        f"there is no data file {pattern}{near}; change the dataset's source or data_files"
-    )
-
-
-def _with_split(file: Path, split: str) -> Path:
-    if split not in ("train", *_words(file.stem)):
+        found = [each for each in path.rglob("*") if each.suffix.lower() in _SUFFIXES]
+        hint = f": the folder has no {', '.join(_SUFFIXES)} file"
+    else:
+        found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
+        hint = did_you_mean(path.name, [each.name for each in path.parent.glob("*")])
+    files = sorted(each for each in found if each.is_file() and each.name[0] != ".")
+    if not files:
+        raise ConfigError(f"there is no data file {path}{hint}; change the dataset's source")
+    folder = path if path.is_dir() else path.parent
+    named = [file for file in files if _names_split(file.relative_to(folder), split)]
+    if split == "train" and (not named or not path.is_dir()):
+        return files  # what is asked for by name is taken whatever its name
+    if not named:
         raise ConfigError(
-            f"split is {split!r}, but {file} has only 'train'; name another file, or a part: train[90%:]"
+            f"split is {split!r}, but no file of {path} is named so; name another file, or "
+            "take a part of the rows: train[90%:]"
         )
-    return file
+    return named
 
 
-def _of_split(folder: Path, split: str) -> list[Path]:
-    """Return a folder's files that belong to a split."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
-    words = {
-        f: _words(str(f.relative_to(folder).with_suffix(""))) for f in files if f.name[0] != "."
-    }
-    named = [file for file in words if words[file] & _SPLIT_WORDS.get(split, {split})]
-    if named or (split == "train" and words):
-        return named or list(words)
-    raise ConfigError(f"{folder} has no {', '.join(_SUFFIXES)} file for split {split!r}")
-
-
-def _words(name: str) -> set[str]:
-    return set(re.findall("[a-z]+", name.lower()))
+def _names_split(file: Path, split: str) -> bool:
+    words = re.findall("[a-z]+", str(file).lower())
+    return not _SPLIT_WORDS.get(split, {split}).isdisjoint(words)
 
 
 def _identity(file: Path) -> list[str | int]:
@@ -183,7 +165,7 @@ def _identity(file: Path) -> list[str | int]:
 
 
 def _slice(read: Callable[[], Iterator[Row]], first: str | None, last: str | None) -> Iterator[Row]:
-    """Yield rows `first` to `last`; a percent or a negative number needs to count the rows first."""
+    """Yield rows `first` to `last`; for a percent or a negative number, count them first."""
     bounds = first or "0", last or ""
     total = sum(1 for _ in read()) if re.search("[%-]", "".join(bounds)) else sys.maxsize
     start, stop, _ = slice(*(_row_number(bound, total) for bound in bounds)).indices(total)
@@ -196,8 +178,8 @@ def _row_number(bound: str, total: int) -> int | None:
     return int(bound) if bound else None
 
 
-def _read_files(readers: Mapping[Path, Callable[[Path], Numbered]]) -> Iterator[Row]:
-    for file, reader in readers.items():
+def _read_files(readers: Iterable[tuple[Path, Callable[[Path], Numbered]]]) -> Iterator[Row]:
+    for file, reader in readers:
         number = 0
         try:
             for number, values in reader(file):
@@ -207,7 +189,7 @@ def _read_files(readers: Mapping[Path, Callable[[Path], Numbered]]) -> Iterator[
 
 
 def _reader(file: Path, kind: str | None, sample_by: str) -> Callable[[Path], Numbered]:
-    kind = _SUFFIXES.get(file.suffix.lower(), kind)
+    kind = kind or _SUFFIXES.get(file.suffix.lower())
     if kind is None:
         raise ConfigError(
             f"{file}: no data format is known by {file.suffix or 'no suffix'!r}; "
@@ -219,7 +201,7 @@ def _reader(file: Path, kind: str | None, sample_by: str) -> Callable[[Path], Nu
 def _json_rows(file: Path) -> Numbered:
     """Yield the objects of an array, or else one object per line."""
     with open(file, "rb") as lines:
-        if lines.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        if lines.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
             yield from enumerate(_array_items(file), start=1)
             return
         lines.seek(0)
@@ -229,7 +211,7 @@ def _json_rows(file: Path) -> Numbered:
 
 
 def _json_line(line: bytes) -> Any:
-    """Return an object, or as an error why the line is none: the lines after it can still be read."""
+    """Return an object, or why the line is none, as an error: lines after it can still be read."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -267,8 +249,10 @@ def _csv_rows(file: Path) -> Numbered:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
     with open(file, encoding="utf-8-sig", newline="") as lines:
         for number, row in enumerate(csv.DictReader(lines, strict=True), start=1):
-            too_many = DataError(f"has more fields than the header: {row.get(None)}")
-            yield number, too_many if None in row else row
+            if None in row:
+                yield number, DataError(f"the row has more fields than the header: {row[None]}")
+            else:
+                yield number, row
 
 
 def _parquet_rows(file: Path) -> Numbered:
@@ -325,19 +309,18 @@ _SUFFIXES = {
 }
 
 
-def _hub_source(source: str, split: str, options: dict[str, Any]) -> Source:
+def _hub_source(source: str, split: str, **options: Any) -> Source:
     import datasets
 
+    given = {key: value for key, value in options.items() if value is not None}
     try:
-        given = {key: value for key, value in options.items() if value is not None}
         data = datasets.load_dataset(source, split=split, **given)
-    except (
-        Exception
-    ) as error:  # the library raises those of its network, file and parser layers too
+    except Exception as error:  # those of its network, file and parser layers come through, too
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f"{source!r} is no local file or folder, and the hub does not give it: {reason}; check the "
-            "dataset's source, name and split, the network (HF_HUB_OFFLINE) and, if it is gated, HF_TOKEN"
+            f"{source!r} is no local file or folder, and the hub does not give it: {reason}; check "
+            "the dataset's source, name and split, the network (HF_HUB_OFFLINE), and, if it is "
+            "gated, HF_TOKEN"
         ) from error
     fingerprint: str | None = getattr(data, "_fingerprint", None)
     return Source(

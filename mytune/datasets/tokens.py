@@ -1,4 +1,4 @@
-"""Tokens in flat arrays on disk, mapped into memory: tokenized datasets, and how they are written."""
+"""Tokenized datasets: flat arrays on disk, mapped into memory, and how they are written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,6 +26,7 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Encode = Callable[[Mapping[str, Any]], tuple[list[int], list[bool]]]
 
+# Row i is `offsets[i]` to `offsets[i + 1]` of the other two.
 _FILES = {"tokens": np.int32, "trained": np.bool_, "offsets": np.int64}
 
 
@@ -42,16 +43,18 @@ class Sample(TypedDict):
     document_ids: NotRequired[Int32Array]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stats:
-    """What was read: rows kept, rows skipped as bad, rows cut at the length limit, tokens.
+    """What was read: rows kept, bad rows skipped, rows cut at the length limit, tokens.
 
-    `slots` is the room for tokens in all packs, 0 if not packed; `first_skipped`: where and why.
+    `untrained` rows are kept, but nothing in them is trained. `slots` is the room for tokens in all
+    packs, 0 if not packed; `first_skipped`: where and why.
     """
 
     rows: int = 0
     skipped: int = 0
     truncated: int = 0
+    untrained: int = 0
     tokens: int = 0
     trainable_tokens: int = 0
     slots: int = 0
@@ -59,13 +62,14 @@ class Stats:
 
     def __str__(self) -> str:
         """One line for the log."""
-        parts = [
-            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trainable_tokens:,} of them trained"
-        ]
+        trained = f"{self.trainable_tokens:,} trained"
+        parts = [f"{self.rows:,} rows, {self.tokens:,} tokens ({trained})"]
         if self.slots:
             parts.append(f"packs {self.tokens / self.slots:.1%} full")
         if self.truncated:
             parts.append(f"{self.truncated:,} rows truncated to max_seq_len")
+        if self.untrained:
+            parts.append(f"{self.untrained:,} rows without a trained token")
         if self.skipped:
             parts.append(f"{self.skipped:,} bad rows skipped, the first: {self.first_skipped}")
         return "; ".join(parts)
@@ -99,7 +103,7 @@ class TokenDataset:
     """Rows as tokens, mapped from a folder that `write_tokens` wrote.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: the folder is not there or not complete.
+        OSError, ValueError, KeyError, TypeError: the folder is not there, or not complete.
     """
 
     pad_to = None
@@ -108,22 +112,13 @@ class TokenDataset:
         about = json.loads((folder / "about.json").read_text())
         self.fingerprint: str = about["fingerprint"]
         self.stats = Stats(**about["stats"])
-        sizes = {
-            "tokens": self.stats.tokens,
-            "trained": self.stats.tokens,
-            "offsets": self.stats.rows + 1,
-        }
-        # `.view`: slices of a memmap object cost ten times as much as those of a plain array.
-        self._tokens, self._trained, self._offsets = (
+        # `.view`: a slice of a memmap object costs ten times as much as one of a plain array.
+        self._tokens, self._trained, self._offsets = arrays = [
             np.memmap(folder / name, dtype, "r").view(np.ndarray) for name, dtype in _FILES.items()
-        )
-        found = {
-            "tokens": len(self._tokens),
-            "trained": len(self._trained),
-            "offsets": len(self._offsets),
-        }
-        if found != sizes or self._offsets[-1] != self.stats.tokens:
-            raise ValueError(f"{folder} is not complete: {found}, expected {sizes}")
+        ]
+        expected = [self.stats.tokens, self.stats.tokens, self.stats.rows + 1]
+        if [len(array) for array in arrays] != expected or self._offsets[-1] != self.stats.tokens:
+            raise ValueError(f"{folder} is not complete")
 
     @cached_property
     def lengths(self) -> IntArray:
@@ -140,15 +135,14 @@ class TokenDataset:
         return self.piece(index, 0, int(self.lengths[index]))
 
     def piece(self, index: int, start: int, stop: int) -> Sample:
-        """Return tokens `start` to `stop` of a row; the last one learns the token after it, if any."""
-        begin, end = self._offsets[index] + start, self._offsets[index] + stop
-        after = min(end + 1, self._offsets[index + 1])
+        """Return tokens `start` to `stop` of a row; the last learns the one after it, if any."""
+        row, row_end = self._offsets[index : index + 2].tolist()
+        tokens = slice(row + start, row + stop)
+        following = slice(tokens.start + 1, min(tokens.stop + 1, row_end))
         labels = np.full(stop - start, IGNORE_INDEX, dtype=np.int32)
-        following = slice(begin + 1, after)
-        labels[: after - begin - 1] = np.where(
-            self._trained[following], self._tokens[following], IGNORE_INDEX
-        )
-        return {"tokens": np.array(self._tokens[begin:end]), "labels": labels}
+        trained, targets = self._trained[following], self._tokens[following]
+        labels[: len(targets)] = np.where(trained, targets, IGNORE_INDEX)
+        return {"tokens": self._tokens[tokens].copy(), "labels": labels}
 
 
 def write_tokens(
@@ -168,58 +162,55 @@ def write_tokens(
     """
     if on_bad_row not in ("error", "skip"):
         raise ConfigError(f"on_bad_row is {on_bad_row!r}; it can be error or skip")
-    count = dict.fromkeys(("rows", "skipped", "truncated", "tokens", "trainable_tokens"), 0)
-    first_skipped = ""
-    digest = hashlib.sha256()
+    stats, digest = Stats(), hashlib.sha256()
     with ExitStack() as stack:
-        tokens_file, trained_file, offsets_file = (
-            stack.enter_context(open(folder / name, "wb")) for name in _FILES
-        )
-        offsets_file.write(np.int64(0).tobytes())
-        for row in _progress(rows):
-            try:
-                tokens, trained = _encode(row, encode)
-            except DataError as error:
-                if on_bad_row == "error":
-                    raise DataError(f"{error}; on_bad_row=skip leaves such rows out") from error
-                first_skipped = first_skipped or str(error)
-                count["skipped"] += 1
-                continue
-            length = min(len(tokens), max_seq_len or len(tokens))
-            count["rows"] += 1
-            count["truncated"] += length < len(tokens)
-            count["tokens"] += length
-            count["trainable_tokens"] += int(
-                trained[1:length].sum()
-            )  # nothing predicts the first one
-            for file, array in ((tokens_file, tokens[:length]), (trained_file, trained[:length])):
+        files = [stack.enter_context(open(folder / name, "wb")) for name in _FILES]
+        files[-1].write(np.int64(0).tobytes())
+        for tokens, trained in _encoded(_progress(rows), encode, on_bad_row, stats):
+            stats.truncated += len(tokens) > len(tokens[:max_seq_len])
+            tokens, trained = tokens[:max_seq_len], trained[:max_seq_len]
+            stats.rows += 1
+            stats.tokens += len(tokens)
+            targets = int(trained[1:].sum())  # no token predicts the first
+            stats.trainable_tokens += targets
+            stats.untrained += targets == 0
+            for file, array in zip(files, (tokens, trained, np.int64(stats.tokens)), strict=True):
                 file.write(array.tobytes())
                 digest.update(array.tobytes())
-            offset = np.int64(count["tokens"]).tobytes()
-            offsets_file.write(offset)
-            digest.update(offset)
-        for file in (tokens_file, trained_file, offsets_file):
+        for file in files:
             file.flush()
             os.fsync(file.fileno())
-    stats = Stats(**count, first_skipped=first_skipped)
     _check_useful(stats)
     about = {"fingerprint": digest.hexdigest(), "stats": asdict(stats)}
     (folder / "about.json").write_text(json.dumps(about))
 
 
-def _encode(row: Row, encode: Encode) -> tuple[Int32Array, npt.NDArray[np.bool_]]:
-    """Return a row's tokens and which are trained. Raises DataError that names the row."""
-    try:
-        if isinstance(row.values, DataError):
-            raise row.values
-        if not isinstance(row.values, Mapping):
-            raise DataError(f"is a {type(row.values).__name__}, not an object with named columns")
-        tokens, trained = encode(row.values)
-        if not tokens:
-            raise DataError("has no token")
-    except DataError as error:
-        raise DataError(f"{row.where}: {error}") from error
-    return np.array(tokens, dtype=np.int32), np.array(trained, dtype=np.bool_)
+def _encoded(
+    rows: Iterable[Row], encode: Encode, on_bad_row: OnBadRow, stats: Stats
+) -> Iterator[tuple[Int32Array, npt.NDArray[np.bool_]]]:
+    """Yield the tokens of good rows and which of them are trained; count the others or raise."""
+    for row in rows:
+        try:
+            tokens, trained = _encode_row(row.values, encode)
+        except DataError as error:
+            problem = f"{row.where}: {error}"
+            if on_bad_row == "error":
+                raise DataError(f"{problem}; on_bad_row=skip leaves such rows out") from error
+            stats.skipped += 1
+            stats.first_skipped = stats.first_skipped or problem
+            continue
+        yield np.array(tokens, dtype=np.int32), np.array(trained, dtype=np.bool_)
+
+
+def _encode_row(values: Any, encode: Encode) -> tuple[list[int], list[bool]]:
+    if isinstance(values, DataError):
+        raise values
+    if not isinstance(values, Mapping):
+        raise DataError(f"the row is a {type(values).__name__}, not an object with named columns")
+    tokens, trained = encode(values)
+    if not tokens:
+        raise DataError("the row has no token")
+    return tokens, trained
 
 
 def _progress(rows: Iterable[Row]) -> Iterable[Row]:
@@ -230,12 +221,12 @@ def _progress(rows: Iterable[Row]) -> Iterable[Row]:
 
 def _check_useful(stats: Stats) -> None:
     if not stats.rows:
-        first = f": all {stats.skipped:,} were skipped, the first: {stats.first_skipped}"
+        skipped = f": all {stats.skipped:,} are bad, the first: {stats.first_skipped}"
         raise DataError(
-            f"the dataset has no rows{first if stats.skipped else ''}; change its source or split"
+            f"the dataset has no rows{skipped if stats.skipped else ''}; change its source or split"
         )
     if not stats.trainable_tokens:
         raise DataError(
-            f"none of the dataset's {stats.tokens:,} tokens is trained: no row has an answer of the "
-            "assistant before max_seq_len cuts it; check the roles, tokenizer.max_seq_len, train_on_input"
+            f"none of the dataset's {stats.tokens:,} tokens is trained: no row has an answer, or "
+            "max_seq_len cuts all; check the rows' roles, tokenizer.max_seq_len, train_on_input"
         )

@@ -18,7 +18,7 @@ from mytune.modules.decoder import Decoder, DecoderConfig
 def check_prompt(prompt_ids: Sequence[int], config: DecoderConfig) -> None:
     """Raise ConfigError for a prompt that a model of these sizes cannot continue."""
     if not prompt_ids:
-        raise ConfigError("the prompt has no tokens; it must have at least one, such as the BOS token")
+        raise ConfigError("the prompt has no tokens; it needs at least one, such as BOS")
     if max(prompt_ids) >= config.vocab_size:
         raise ConfigError(
             f"the prompt has token id {max(prompt_ids)} and the model a vocabulary of "
@@ -66,9 +66,7 @@ def generate(
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     tokens = torch.tensor([prompt_ids], device=model.embed_tokens.weight.device)
     length = min(len(prompt_ids) + max_new_tokens, model.config.max_seq_len)
-    choose = partial(
-        sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-    )
+    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     new_tokens = (int(token) for token in _decode(model, tokens, length, choose, enable_kv_cache))
     return takewhile(lambda token: token not in stop_tokens, new_tokens)
 
@@ -81,7 +79,10 @@ def _decode(
     choose: Callable[[Tensor], Tensor],
     enable_kv_cache: bool,
 ) -> Iterator[Tensor]:
-    """Yield the next token of each row [b], chosen from logits [b, vocab], until rows [b, s] are `length` long."""
+    """Yield every row's next token, [b], until the rows [b, s] would be `length` long.
+
+    `choose` makes tokens [b] of logits [b, vocab].
+    """
     weight = model.embed_tokens.weight
     cache = None
     if enable_kv_cache:

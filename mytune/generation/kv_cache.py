@@ -11,8 +11,8 @@ from mytune.modules.decoder import DecoderConfig
 class KVCache:
     """Keys and values of earlier positions.
 
-    Nothing is copied but the newest positions, and what is returned is a view of what has been filled: a
-    token costs the same at every position, but for attention over the keys that there are.
+    Only the newest positions are copied, and what is returned is a view of those filled: a token
+    costs the same at every position, but for attention over the keys that there are.
 
     Args:
         config: the decoder's sizes.

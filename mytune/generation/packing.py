@@ -11,27 +11,29 @@ from mytune.modules.decoder import Decoder
 class PackedLinear(nn.Module):
     """A linear without bias, for inference on a CPU, whose weight oneDNN has reordered.
 
-    These are the operators that torch.compile's freezing puts in the place of linears. Decoding, which
-    reads every weight once per token, was 1.2 (float32) to 1.6 times (bfloat16) as fast with them.
+    The operators are those that torch.compile's freezing puts in the place of linears. Decoding, which
+    is all reading weights, was 1.2 to 1.7 times as fast with them, and prefill no slower.
+
+    Args:
+        weight: [out, in].
+        rows: how many rows of input will be usual; any number works.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, rows: int = 1) -> None:
         super().__init__()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, None, "none", [], ""
-        )
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
         return product
 
 
-def pack_linears(model: Decoder) -> None:
-    """Replace the plain linears of a model on the CPU, its head included, by packed ones; for inference.
+def pack_linears(model: Decoder, batch_size: int = 1) -> None:
+    """Replace a CPU model's plain linears and its head by packed ones, in place, for inference.
 
-    Each weight is packed alone, so memory rises by one of them (by the head's, if it is tied). Does nothing
-    on other devices, or where torch or the CPU lack the operators; linears with adapters and 4-bit ones
-    stay as they are.
+    Weights are packed one by one; a tied head keeps its weight beside the packed one. Linears with
+    adapters and 4-bit ones stay as they are. Does nothing on other devices, or where torch or the CPU
+    lack the operators.
     """
     embedding = model.embed_tokens.weight
     if embedding.device.type != "cpu" or not _works(embedding.dtype):
@@ -39,14 +41,15 @@ def pack_linears(model: Decoder) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child.bias is None:
-                setattr(module, name, PackedLinear(child.weight))
+                setattr(module, name, PackedLinear(child.weight, batch_size))
     if model.lm_head is None:
-        model.lm_head = PackedLinear(embedding)
+        model.lm_head = PackedLinear(embedding, batch_size)  # type: ignore[assignment]
 
 
 def _works(dtype: torch.dtype) -> bool:
     """Say whether this torch on this CPU has the operators for a dtype."""
     try:
-        return bool(PackedLinear(torch.ones(16, 16, dtype=dtype))(torch.ones(1, 16, dtype=dtype)).all())
+        linear = PackedLinear(torch.ones(16, 16, dtype=dtype))
+        return bool((linear(torch.ones(1, 16, dtype=dtype)) == 16).all())
     except (AttributeError, RuntimeError):
         return False

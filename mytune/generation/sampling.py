@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, or drawn at a temperature from the top k or the top p; all on the device."""
+"""Choosing the next token: greedy, or drawn at a temperature from the top k or the top p."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     if not 0 <= temperature < float("inf"):
         problems.append(f"temperature is {temperature}; it must be 0 (greedy) or more")
     if top_k is not None and top_k < 1:
-        problems.append(f"top_k is {top_k}; it must be at least 1, or null for all tokens")
+        problems.append(f"top_k is {top_k}; it must be at least 1, or null for all")
     if top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p is {top_p}; it must be above 0 and at most 1, or null for all tokens")
+        problems.append(f"top_p is {top_p}; it must be above 0 and at most 1, or null for all")
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -57,7 +57,8 @@ def sample(
 def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw an index per row; probabilities need not sum to 1.
 
-    The first of exponential clocks with these rates to ring: `torch.multinomial` would wait for the device.
+    Of clocks that ring after exponential times, at these rates, take the first. `torch.multinomial`
+    would wait for the device.
     """
     clocks = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / clocks).argmax(dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,8 +15,11 @@ from mytune.training.distributed import rank
 log = logging.getLogger("mytune")
 
 
-class NoProfiler(nullcontext[None]):
+class NoProfiler(AbstractContextManager["NoProfiler"]):
     """A profiler that is switched off."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Do nothing."""
 
     def step(self) -> None:
         """Do nothing."""

@@ -121,7 +121,7 @@ def machine() -> Row:
         "threads": THREADS,
         "python": platform.python_version(),
         "versions": versions(sys.executable),
-        "torchtune_versions": versions(TORCHTUNE_PYTHON) if TORCHTUNE_PYTHON else NO_TORCHTUNE,
+        "torchtune's versions": versions(TORCHTUNE_PYTHON) if TORCHTUNE_PYTHON else NO_TORCHTUNE,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,7 +91,7 @@ def meta_state(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, 
 
 
 def write_meta(folder: Path, config: DecoderConfig, parts: int = 1, embedding_dim: int = 0) -> Any:
-    """Write Meta's layout in `parts` files; Llama 2 cuts its embedding along dim 1, Llama 3 along 0."""
+    """Write Meta's layout in `parts` files; Llama 3 cuts its embedding along 0, Llama 2 along 1."""
     model = hf_model(config)
     state = meta_state(model.state_dict(), config)
     state["rope.freqs"] = torch.arange(4.0)
@@ -141,6 +141,3 @@ def hf_dir(tmp_path: Path, tiny: Any) -> Path:
     """A tiny checkpoint in Hugging Face's layout, in one file."""
     tiny.write_hf(tmp_path / "hf", SIZES)
     return tmp_path / "hf"
-
-
-Raise = Callable[..., None]

@@ -140,9 +140,7 @@ def test_transformers_loads_what_was_saved_with_our_logits(
         torch.testing.assert_close(theirs(tokens).logits, expected, atol=1e-5, rtol=0)
 
 
-def test_config_json_names_the_type_that_was_saved(
-    hf_dir: Path, tmp_path: Path, tiny: Any
-) -> None:
+def test_config_json_names_the_type_that_was_saved(hf_dir: Path, tmp_path: Path, tiny: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     saved = republished(
@@ -162,18 +160,14 @@ def test_saving_changes_neither_the_model_nor_the_inputs(
     for tensor in weights.values():
         tensor.mul_(2)  # mapped memory: must not reach the file
     before = {name: tensor.clone() for name, tensor in weights.items()}
-    checkpointer.save(
-        "step_1", step=1, dtype=torch.bfloat16, weights=weights, config=tiny.SIZES
-    )
+    checkpointer.save("step_1", step=1, dtype=torch.bfloat16, weights=weights, config=tiny.SIZES)
     assert_same(before, weights)
     assert {path: path.read_bytes() for path in files} == files
 
 
 def test_the_tutorials_name_of_epoch_0_finds_its_weights(tmp_path: Path, tiny: Any) -> None:
     tiny.write_meta(tmp_path / "meta", tiny.SIZES, parts=2)
-    saved = republished(
-        FullModelMetaCheckpointer, tmp_path / "meta", tiny.SIZES, tmp_path / "out"
-    )
+    saved = republished(FullModelMetaCheckpointer, tmp_path / "meta", tiny.SIZES, tmp_path / "out")
     found = FullModelMetaCheckpointer(str(tmp_path / "out"), ["meta_model_0.pt"])
     assert found.source.paths == [saved / f"consolidated.0{part}.pth" for part in range(2)]
 

@@ -72,7 +72,7 @@ Load = Callable[..., LoadedConfig]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mytune.config.instantiate._allowed_by_user", set())
+    monkeypatch.setattr("mytune.config.components._allowed_by_user", set())
     (tmp_path / "recipe.py").write_text(RECIPE)
     (tmp_path / "my_parts.py").write_text(PARTS)
     return tmp_path

@@ -8,8 +8,8 @@ _WHERE = {
     "FullModelTorchTuneCheckpointer": "checkpointers",
     "Published": "resume",
     "latest": "resume",
-    "optimizer_state": "optimizer_state",
-    "load_optimizer_state": "optimizer_state",
+    "optimizer_state": "optimizer",
+    "load_optimizer_state": "optimizer",
     "check_adapter": "peft",
     "read_adapter": "peft",
 }

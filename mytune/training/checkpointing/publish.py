@@ -140,10 +140,11 @@ def _put_in_place(draft: Path, target: Path) -> None:
         fsync_directory(target.parent)
         problems = verify(target)
         if problems:
-            remove(target)
             raise ResourceError(f"{target} was written but reads back differently", problems)
     except (OSError, TuneError):
-        if aside.exists() and not target.exists():
+        if target.exists():
+            os.rename(target, draft)
+        if aside.exists():
             os.rename(aside, target)
         raise
     if ours:

@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from mytune.generation import generate, pack_linears
+from mytune.generation import pack_linears
+from mytune.generation.generate import generate
 from mytune.models.llama3 import llama3
 from mytune.training import FullModelHFCheckpointer, load_weights, use_fast_float32_matmul
 from tests.benchmarks.peers.turns import Turns

@@ -1,7 +1,7 @@
 """The measured side: works in turns and tells what each took. Standard library only.
 
-The measuring process starts all that it compares at once and then lets one at a time do one step, so
-that whatever else the machine does falls on all alike.
+The measuring process starts all that it compares at once and then lets one at a time do one step,
+so that whatever else the machine does falls on all alike.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def refusal(name: str) -> str | None:
 
 
 def local_file(name: str) -> tuple[Path, str] | None:
-    """Return the file below the current directory that `name` points into, and its module's name."""
+    """Return the file below the current directory that `name` points into, and its module."""
     parts = name.split(".")
     here = Path.cwd().resolve()
     for end in range(len(parts) - 1, 0, -1) if parts[0] not in _PACKAGES else ():

@@ -1,0 +1,222 @@
+"""Checkpoints that are wrong or hostile are refused with a message that says what and where."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mytune.errors import CheckpointError, ConfigError
+from mytune.training.checkpointing.checkpointers import (
+    FullModelHFCheckpointer,
+    FullModelMetaCheckpointer,
+)
+from mytune.training.checkpointing.companions import companion_files
+from mytune.training.checkpointing.peft import read_adapter
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Change the tensors of a checkpoint in one file."""
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file, {"format": "pt"})
+
+
+def test_all_tensors_that_do_not_fit_are_named_with_both_shapes(hf_dir: Path, tiny: Any) -> None:
+    def change(state: dict[str, Any]) -> None:
+        del state["model.norm.weight"]
+        state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(47, 32)
+        state["model.layers.9.mlp.up_proj.weight"] = torch.zeros(48, 32)
+        state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(48, 32).to(torch.float8_e4m3fn)
+
+    rewrite(hf_dir, change)
+    with pytest.raises(CheckpointError) as caught:
+        FullModelHFCheckpointer(str(hf_dir)).weights(tiny.SIZES)
+    assert sorted(caught.value.details) == [
+        "mismatched model.layers.0.mlp.up_proj.weight: expected [48, 32], found [47, 32]",
+        "mismatched model.layers.1.mlp.up_proj.weight: expected floating-point weights, found "
+        "float8_e4m3fn [48, 32]; mytune trains unquantized checkpoints",
+        "missing model.norm.weight: expected [32]",
+        "unexpected model.layers.9.mlp.up_proj.weight: found float32 [48, 32]",
+    ]
+    assert caught.value.exit_code == 4
+
+
+def test_a_tied_model_whose_head_differs_is_refused(hf_dir: Path, tiny: Any) -> None:
+    with pytest.raises(CheckpointError, match="tie_word_embeddings: false"):
+        FullModelHFCheckpointer(str(hf_dir)).weights(replace(tiny.SIZES, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b", ""])
+def test_an_index_cannot_name_files_elsewhere(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.safetensors").touch()
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    index = {"weight_map": {"lm_head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is not the name of a file inside"):
+        FullModelHFCheckpointer(str(folder))
+
+
+def test_a_link_out_of_the_directory_is_refused(hf_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (hf_dir / "tokenizer.json").symlink_to(tmp_path / "secret")
+    FullModelHFCheckpointer(str(hf_dir))  # reading weights is not in question
+    with pytest.raises(CheckpointError, match="leads out of its directory"):
+        FullModelHFCheckpointer(str(hf_dir), output_dir=str(tmp_path / "out"))
+
+
+def test_a_snapshot_of_the_hub_cache_may_link_to_its_blobs(
+    hf_dir: Path, tmp_path: Path, tiny: Any
+) -> None:
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    hf_dir.rename(blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert FullModelHFCheckpointer(str(snapshot), output_dir=str(tmp_path)).weights(tiny.SIZES)
+    assert set(companion_files(snapshot)) == {"config.json", "generation_config.json"}
+
+
+def test_only_known_files_are_copied(hf_dir: Path) -> None:
+    for name in ("run.py", "README.md", ".env", "tokenizer.json", "LICENSE.txt"):
+        (hf_dir / name).touch()
+    (hf_dir / "original").mkdir()
+    (hf_dir / "original" / "tokenizer.model").touch()
+    assert set(companion_files(hf_dir)) == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "LICENSE.txt",
+        "original/tokenizer.model",
+    }
+
+
+class _Bomb:
+    def __reduce__(self) -> Any:
+        return os.system, ("echo exploded > exploded",)
+
+
+def _expanded() -> dict[str, Any]:
+    return {"tok_embeddings.weight": torch.zeros(1).expand(10**9)}
+
+
+def _meta_dir(folder: Path, content: Any) -> Path:
+    folder.mkdir()
+    torch.save(content, folder / "consolidated.00.pth")
+    return folder
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    folder = _meta_dir(tmp_path / "meta", {"tok_embeddings.weight": _Bomb()})
+    with pytest.raises(CheckpointError, match="runs no code"):
+        FullModelMetaCheckpointer(str(folder)).weights(tiny.SIZES)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", [_expanded(), [1, 2], {"a": 3}], ids=str)
+def test_what_is_not_a_dict_of_plain_tensors_is_refused(
+    content: Any, tmp_path: Path, tiny: Any
+) -> None:
+    folder = _meta_dir(tmp_path / "meta", content)
+    with pytest.raises(CheckpointError, match=r"not a (plain tensor|dict of tensors)"):
+        FullModelMetaCheckpointer(str(folder)).weights(tiny.SIZES)
+
+
+def _compressed(file: Path) -> None:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(10**6))
+
+
+def _overlapping(file: Path) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("x/data.pkl", bytes(100))
+        archive.writestr("x/data/0", bytes(100))
+        archive.infolist()[0].file_size = archive.infolist()[0].compress_size = 150
+    file.write_bytes(stream.getvalue())
+
+
+def _legacy(file: Path) -> None:
+    file.write_bytes(pickle.dumps({"a": 1}))
+
+
+@pytest.mark.parametrize("write", [_compressed, _overlapping, _legacy])
+def test_zip_files_that_are_not_torchs_are_refused(write: Any, tmp_path: Path, tiny: Any) -> None:
+    write(tmp_path / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match=r"not stored plainly|not a file that torch\.save"):
+        FullModelMetaCheckpointer(str(tmp_path)).weights(tiny.SIZES)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"\xff" * 8 + b[8:], lambda b: b""])
+def test_a_damaged_safetensors_file_is_refused(damage: Any, hf_dir: Path, tiny: Any) -> None:
+    file = hf_dir / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match="not a usable safetensors file"):
+        FullModelHFCheckpointer(str(hf_dir)).weights(tiny.SIZES)
+
+
+def test_files_can_be_listed_patterned_or_left_out(tmp_path: Path, tiny: Any) -> None:
+    tiny.write_hf(tmp_path, tiny.SIZES, "40KB")
+    found = FullModelHFCheckpointer(str(tmp_path)).source.paths
+    n = f"{len(found):05d}"
+    pattern = {"filename_format": "model-{}-of-{}.safetensors", "max_filename": n}
+    names = [path.name for path in found]
+    assert len(names) > 1
+    assert FullModelHFCheckpointer(str(tmp_path), pattern).source.paths == found
+    assert FullModelHFCheckpointer(str(tmp_path), names).source.paths == found
+    with pytest.raises(ConfigError, match="filename_format"):
+        FullModelHFCheckpointer(str(tmp_path), {"filename_format": "x"})
+
+
+def test_errors_point_at_the_weights_that_are_there(hf_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="did you mean 'model.safetensors'"):
+        FullModelHFCheckpointer(str(hf_dir), ["model.safetensor"])
+    (hf_dir / "original").mkdir()
+    torch.save({}, hf_dir / "original" / "consolidated.00.pth")
+    with pytest.raises(CheckpointError) as caught:
+        FullModelMetaCheckpointer(str(hf_dir))
+    assert any("FullModelHFCheckpointer" in line for line in caught.value.details)
+    assert any(f"checkpoint_dir={hf_dir}/original" in line for line in caught.value.details)
+    with pytest.raises(CheckpointError, match="no directory"):
+        FullModelHFCheckpointer(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ({"model_type": "LAMA3"}, "did you mean 'LLAMA3'"),
+        ({"safe_serialization": False}, "safe_serialization"),
+        ({"keep_last_n_checkpoints": 0}, "keep_last_n_checkpoints is 0"),
+    ],
+)
+def test_arguments_that_cannot_be_are_config_errors(argument: Any, said: str, hf_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        FullModelHFCheckpointer(str(hf_dir), **argument)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        read_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "bias": "all"}')
+    save_file({"base_model.model.x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        read_adapter(tmp_path)
+    assert caught.value.details == [
+        "bias is 'all', not 'none'",
+        "unexpected base_model.model.x: found float32 [1]",
+    ]

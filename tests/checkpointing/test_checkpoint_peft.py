@@ -1,0 +1,155 @@
+"""Adapters are PEFT's: what we save, PEFT loads with our logits; what PEFT saves, we read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mytune.errors import CheckpointError
+from mytune.modules.lora import (
+    LoRAConfig,
+    adapter_config,
+    adapter_state,
+    apply_lora,
+    init_adapters,
+    merged_weights,
+)
+from mytune.training.checkpointing.checkpointers import (
+    FullModelHFCheckpointer,
+    FullModelMetaCheckpointer,
+)
+from mytune.training.checkpointing.peft import check_adapter, read_adapter
+
+MODULES = ("q_proj", "k_proj", "o_proj", "down_proj", "lm_head")
+KINDS = {
+    "LoRA": LoRAConfig(MODULES, rank=4, alpha=16),
+    "DoRA": LoRAConfig(MODULES, rank=4, alpha=16, use_dora=True),
+    "rsLoRA": LoRAConfig(MODULES, rank=4, alpha=16, use_rslora=True),
+}
+
+
+def adapted(tiny: Any, checkpointer: Any, lora: LoRAConfig) -> Any:
+    """A model whose adapters do something."""
+    model = tiny.our_model(tiny.SIZES, checkpointer.weights(tiny.SIZES))
+    apply_lora(model, lora)
+    init_adapters(model, seed=0)
+    with torch.no_grad():
+        for tensor in adapter_state(model).values():
+            tensor.add_(
+                0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2))
+            )
+    return model
+
+
+def save(checkpointer: Any, model: Any, config: Any, merged: bool = True) -> Path:
+    return checkpointer.save(
+        "epoch_0",
+        step=1,
+        dtype=torch.float32,
+        weights=merged_weights(model) if merged else None,
+        config=config,
+        adapter=adapter_state(model),
+        adapter_config=adapter_config(model),
+        state={},
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", [FullModelHFCheckpointer, FullModelMetaCheckpointer])
+def test_peft_loads_our_adapter_with_our_logits(
+    kind: str, cls: Any, tmp_path: Path, tiny: Any, tokens: Tensor
+) -> None:
+    from peft import PeftModel
+
+    source = tmp_path / "source"
+    (tiny.write_hf if cls is FullModelHFCheckpointer else tiny.write_meta)(source, tiny.SIZES)
+    checkpointer = cls(str(source), output_dir=str(tmp_path / "out"))
+    model = adapted(tiny, checkpointer, KINDS[kind])
+    saved = save(checkpointer, model, tiny.SIZES)
+    base = tiny.hf_model(tiny.SIZES)
+    with torch.no_grad():
+        plain = base(tokens).logits
+        theirs = PeftModel.from_pretrained(base, saved / "adapter").eval()(tokens).logits
+        ours = model(tokens)
+    assert (plain - ours).abs().max() > 0.1
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+def test_transformers_loads_the_merged_model_without_applying_the_adapter_again(
+    hf_dir: Path, tmp_path: Path, tiny: Any, tokens: Tensor
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checkpointer = FullModelHFCheckpointer(str(hf_dir), output_dir=str(tmp_path / "out"))
+    model = adapted(tiny, checkpointer, KINDS["LoRA"])
+    theirs = AutoModelForCausalLM.from_pretrained(save(checkpointer, model, tiny.SIZES))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_alone_is_saved_and_read_back_exactly(
+    kind: str, hf_dir: Path, tmp_path: Path, tiny: Any
+) -> None:
+    out = str(tmp_path / "out")
+    checkpointer = FullModelHFCheckpointer(str(hf_dir), output_dir=out)
+    model = adapted(tiny, checkpointer, KINDS[kind])
+    saved = save(checkpointer, model, tiny.SIZES, merged=False)
+    assert {p.name for p in saved.iterdir()} == {"adapter", "recipe_state", "MANIFEST.json"}
+    named = FullModelHFCheckpointer(
+        str(hf_dir), output_dir=out, adapter_checkpoint="epoch_0/adapter"
+    )
+    latest = named.latest()
+    assert latest is not None
+    for state, config in (named.adapter_weights(), latest.adapter()):  # type: ignore[misc]
+        check_adapter(state, adapter_state(model))
+        assert all(torch.equal(state[name], t) for name, t in adapter_state(model).items())
+        said = adapter_config(model)
+        assert said is not None
+        assert {**said, "target_modules": sorted(said["target_modules"])}.items() <= config.items()
+
+
+def test_an_adapter_that_peft_saved_is_read(tmp_path: Path, tiny: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny.hf_model(tiny.SIZES)
+    peft = get_peft_model(base, LoraConfig(r=3, target_modules="all-linear", use_dora=True))
+    peft.save_pretrained(tmp_path)
+    state, config = read_adapter(tmp_path)
+    linears = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert config["target_modules"] == linears and len(state) == 2 * 7 * 3
+    own = peft.state_dict()
+    name = "model.layers.1.self_attn.k_proj.lora_A.default.weight"
+    assert torch.equal(state["layers.1.attn.k_proj.lora_A.weight"], own[f"base_model.model.{name}"])
+
+
+def test_the_adapter_names_its_base_model(hf_dir: Path, tmp_path: Path, tiny: Any) -> None:
+    def named(out: str) -> str:
+        checkpointer = FullModelHFCheckpointer(str(hf_dir), output_dir=str(tmp_path / out))
+        saved = save(checkpointer, adapted(tiny, checkpointer, KINDS["LoRA"]), tiny.SIZES)
+        config = json.loads((saved / "adapter" / "adapter_config.json").read_text())
+        return str(config["base_model_name_or_path"])
+
+    assert named("a") == str(hf_dir.resolve())
+    config = json.loads((hf_dir / "config.json").read_text())
+    (hf_dir / "config.json").write_text(json.dumps({**config, "_name_or_path": "me/tiny"}))
+    assert named("b") == "me/tiny"
+    (hf_dir / "original_repo_id.json").write_text('{"repo_id": "hub/tiny"}')
+    assert named("c") == "hub/tiny"
+
+
+def test_an_adapter_that_does_not_fit_is_told_tensor_by_tensor() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check_adapter(
+            {"a": torch.ones(2), "b": torch.ones(3)}, {"b": torch.ones(4), "c": torch.ones(5)}
+        )
+    assert caught.value.details == [
+        "mismatched b: expected [4], found [3]",
+        "missing c: expected [5]",
+        "unexpected a: found [2]",
+    ]

@@ -1,0 +1,268 @@
+"""R2-R5, R10: the last good checkpoint is never lost, whatever happens while another is written."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mytune.errors import CheckpointError, NumericalError, ResourceError
+from mytune.training.checkpointing import files, publish
+from mytune.training.checkpointing.checkpointers import FullModelHFCheckpointer
+from mytune.training.checkpointing.publish import clean_up, verify
+from mytune.training.run_dir import output_dir_lock
+
+
+class Run:
+    """Saves the same weights under different names, as a run would."""
+
+    def __init__(self, hf_dir: Path, out: Path, config: Any, **arguments: Any) -> None:
+        self.out, self.config = out, config
+        self.checkpointer = FullModelHFCheckpointer(str(hf_dir), output_dir=str(out), **arguments)
+        self.weights = dict(self.checkpointer.weights(config))
+
+    def save(self, name: str, step: int, **more: Any) -> Path:
+        return self.checkpointer.save(
+            name,
+            step=step,
+            dtype=torch.float32,
+            weights=self.weights,
+            config=self.config,
+            tensors={"momentum": torch.full((3,), float(step))},
+            state={"step": step},
+            **more,
+        )
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.out.iterdir())
+
+
+@pytest.fixture
+def run(hf_dir: Path, tmp_path: Path, tiny: Any) -> Run:
+    return Run(hf_dir, tmp_path / "out", tiny.SIZES)
+
+
+def corrupt(file: Path) -> None:
+    """Turn one byte, leaving size and time as they are."""
+    times = file.stat()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_checkpoint_gives_back_what_a_run_needs(run: Run) -> None:
+    run.save("step_7", 7, run={"samples_seen": 28, "world_size": 1})
+    found = run.checkpointer.latest()
+    assert found is not None
+    assert (found.step, found.state, found.path.name) == (7, {"step": 7}, "step_7")
+    assert torch.equal(found.tensors()["momentum"], torch.full((3,), 7.0))
+    weights = found.weights(run.config)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in run.weights.items())
+    manifest = found.manifest
+    assert manifest["run"] == {"samples_seen": 28, "world_size": 1}
+    described = manifest["files"]["model.safetensors"]["tensors"]
+    assert described["model.norm.weight"] == "float32 [32]"
+    assert set(manifest["files"]) == {
+        str(p.relative_to(found.path)) for p in found.path.rglob("*") if p.is_file()
+    } - {"MANIFEST.json"}
+
+
+def test_the_newest_is_the_one_with_most_steps(run: Run) -> None:
+    for name, step in (("step_9", 9), ("epoch_0", 10), ("step_100", 100), ("step_20", 20)):
+        run.save(name, step)
+    found = run.checkpointer.latest()
+    assert found is not None and found.path.name == "step_100"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "recipe_state/optimizer.safetensors"])
+def test_a_corrupt_byte_makes_resume_fall_back_with_a_warning(
+    file: str, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.save("step_1", 1)
+    corrupt(run.save("step_2", 2) / file)
+    found = run.checkpointer.latest()
+    assert found is not None and found.step == 1
+    assert f"step_2: {file} is corrupt" in caplog.text
+
+
+def test_a_missing_manifest_or_file_makes_resume_fall_back_with_a_warning(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.save("step_1", 1)
+    (run.save("step_2", 2) / "MANIFEST.json").unlink()
+    (run.save("step_3", 3) / "config.json").unlink()
+    found = run.checkpointer.latest()
+    assert found is not None and found.step == 1
+    assert "step_2: " in caplog.text and "step_3: config.json is missing" in caplog.text
+
+
+def test_when_no_checkpoint_is_usable_all_are_named(run: Run) -> None:
+    assert run.checkpointer.latest() is None
+    for step in (1, 2):
+        corrupt(run.save(f"step_{step}", step) / "model.safetensors")
+    with pytest.raises(CheckpointError, match="none of the checkpoints") as caught:
+        run.checkpointer.latest()
+    assert len(caught.value.details) == 2
+
+
+def test_old_checkpoints_are_pruned_and_the_newest_stays(hf_dir: Path, tiny: Any) -> None:
+    run = Run(hf_dir, hf_dir.parent / "out", tiny.SIZES, keep_last_n_checkpoints=2)
+    for step in (5, 10, 20, 100):
+        run.save(f"step_{step}", step)
+    assert run.names() == ["step_100", "step_20"]
+
+
+class Failing:
+    """Fails the nth call of the functions that a save makes durable with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+        self.left = nth
+        monkeypatch.setattr(files.os, "fsync", self.wrap(os.fsync))
+        monkeypatch.setattr(publish.os, "rename", self.wrap(os.rename))
+        write = files.HashedFile.write
+        monkeypatch.setattr(files.HashedFile, "write", self.wrap(write, method=True))
+
+    def wrap(self, function: Any, method: bool = False) -> Any:
+        def counted(*arguments: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*arguments)
+
+        return counted
+
+
+def test_a_disk_that_fails_at_any_moment_costs_only_the_new_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save("step_1", 1)
+    for nth in range(1, 1000):
+        with monkeypatch.context() as patch:
+            failing = Failing(patch, nth)
+            try:
+                run.save("step_1" if nth % 2 else "step_2", 1 if nth % 2 else 2)
+            except ResourceError as error:
+                assert error.exit_code == 5 and "No space left" in str(error)
+            else:
+                assert failing.left > 0
+                break
+        assert all(name in ("step_1", "step_2") for name in run.names())
+        assert verify(run.out / "step_1") == []
+        found = run.checkpointer.latest()
+        assert found is not None and found.state == {"step": found.step}
+    assert nth > 30
+
+
+def _save_for_ever(hf_dir: Path, out: Path, config: Any, begun: Any) -> None:
+    with output_dir_lock(out):
+        run = Run(hf_dir, out, config, keep_last_n_checkpoints=2)
+        found = run.checkpointer.latest()
+        step = found.step if found else 0
+        begun.send(step)
+        while True:
+            step += 1
+            run.save(f"step_{step}", step)
+
+
+def test_a_run_killed_anywhere_finds_a_good_checkpoint_again(
+    hf_dir: Path, tmp_path: Path, tiny: Any
+) -> None:
+    out, fork, last = tmp_path / "out", multiprocessing.get_context("fork"), 0
+    for kill in range(8):
+        here, there = fork.Pipe()
+        child = fork.Process(target=_save_for_ever, args=(hf_dir, out, tiny.SIZES, there))
+        child.start()
+        try:
+            assert here.poll(60)
+            assert here.recv() == last
+            time.sleep(0.1 + 0.007 * kill)
+        finally:
+            child.kill()
+            child.join()
+        with output_dir_lock(out):
+            found = Run(hf_dir, out, tiny.SIZES).checkpointer.latest()
+        last = found.step if found else 0
+    assert last > 8
+    assert 1 <= len(list(out.iterdir())) <= 3
+
+
+def test_what_a_killed_run_had_completed_is_published_and_the_rest_removed(run: Run) -> None:
+    complete, half = (run.save(f"step_{n}", n) for n in (1, 2))
+    complete.rename(run.out / f"step_1.tmp-{'0' * 32}")
+    (half / "MANIFEST.json").unlink()
+    half.rename(run.out / f"step_2.tmp-{'1' * 32}")
+    run.save("step_3", 3).rename(run.out / f"step_3.del-{'2' * 32}")
+    (run.out / "notes.tmp-mine").mkdir()
+    clean_up(run.out)
+    assert run.names() == ["notes.tmp-mine", "step_1"]
+    assert verify(run.out / "step_1") == []
+
+
+def test_a_checkpoint_of_the_same_name_is_replaced_or_kept_if_it_is_the_same(run: Run) -> None:
+    first = run.save("step_1", 1, run={"config_hash": "a"}).stat().st_ino
+    assert run.save("step_1", 1, run={"config_hash": "a"}).stat().st_ino == first
+    run.weights["norm.weight"] = run.weights["norm.weight"] * 2
+    run.save("step_1", 1, run={"config_hash": "b"})
+    found = run.checkpointer.latest()
+    assert found is not None
+    assert torch.equal(found.weights(run.config)["norm.weight"], run.weights["norm.weight"])
+    assert run.names() == ["step_1"]
+
+
+def test_a_directory_of_that_name_that_is_not_ours_is_kept(run: Run) -> None:
+    (run.out / "epoch_0").mkdir(parents=True)
+    (run.out / "epoch_0" / "thesis.txt").write_text("precious")
+    run.save("epoch_0", 1)
+    assert [p.read_text() for p in run.out.glob("epoch_0.kept-*/thesis.txt")] == ["precious"]
+
+
+def test_a_disk_without_room_is_told_before_writing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save("step_1", 1)
+    disk = SimpleNamespace(f_bavail=1, f_frsize=4096)
+    monkeypatch.setattr("mytune.training.run_dir.os.statvfs", lambda path: disk)
+    with pytest.raises(ResourceError, match=r"0\.00 MiB free"):
+        run.save("step_2", 2)
+    assert run.names() == ["step_1"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(run: Run) -> None:
+    run.save("step_1", 1)
+    run.weights["norm.weight"] = torch.full((32,), float("nan"))
+    with pytest.raises(NumericalError, match=r"norm\.weight holds NaN or Inf"):
+        run.save("step_2", 2)
+    assert run.names() == ["step_1"]
+
+
+def test_a_file_that_reads_back_differently_is_no_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save("step_1", 1)
+    monkeypatch.setattr(publish, "verify", lambda path: ["model.safetensors is corrupt"])
+    with pytest.raises(ResourceError, match="reads back differently"):
+        run.save("step_1", 1)
+    monkeypatch.undo()
+    assert run.names() == ["step_1"] and verify(run.out / "step_1") == []
+
+
+def test_weights_are_asked_for_in_the_announced_order(run: Run) -> None:
+    asked: list[str] = []
+
+    class Recorded(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            asked.append(name)
+            return super().__getitem__(name)
+
+    run.weights = Recorded(run.weights)
+    run.save("step_1", 1)
+    assert asked == run.checkpointer.plan(run.config, torch.float32).read
+    assert sorted(asked) == sorted(run.weights)
