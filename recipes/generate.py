@@ -169,7 +169,7 @@ def load_model(
 
 
 def bytes_per_token(model: Decoder) -> int:
-    """Return the bytes of weights that a decoding step reads: all but an embedding that is no head."""
+    """Return the bytes of weights that a step reads: all but an embedding that is no head."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding = model.embed_tokens.weight
     return size if model.lm_head is None else size - embedding.numel() * embedding.element_size()

@@ -74,7 +74,7 @@ seed: 0
 device: cpu
 dtype: fp32
 """
-EPOCHS = 1
+EPOCHS = 2
 GENERATION = {key: CONFIG[key] for key in ("bos_token_id", "eos_token_id")}
 
 

@@ -96,9 +96,9 @@ def find_config(name: str) -> Path:
         raise ConfigError(
             f"there is no file {name}{did_you_mean(str(path.with_suffix('')), names)}"
         )
-    hint = did_you_mean(name, names) or (
-        f"; it is a recipe: see `tune ls {name}`" if named_recipe(name) else ""
-    )
+    hint = did_you_mean(name, names)
+    if named_recipe(name):
+        hint = f"; it is a recipe, and `tune ls {name}` lists its configs"
     raise ConfigError(f"there is no config {name!r} (`tune ls` lists them){hint}")
 
 

@@ -57,12 +57,14 @@ def outcome(work: Callable[[], int | None]) -> tuple[int, str]:
 
 def _nobody_reads() -> bool:
     """Say whether stdout is a pipe without a reader (`tune ls | head`); if so, leave it alone."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    import select
+
+    poll = select.poll()
+    poll.register(1, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
 
 
 def _explain(error: Exception) -> tuple[int, str]:

@@ -68,7 +68,7 @@ def _check(node: Component, by_recipe: list[str] | None, files: bool) -> Iterato
 def _check_arguments(
     node: Component, parameters: list[Parameter], by_recipe: list[str] | None
 ) -> Iterator[Finding]:
-    """`by_recipe` is what the recipe adds; None if it does not say: nothing counts as missing then."""
+    """`by_recipe` is what the recipe adds; None if it does not say: nothing is missing then."""
     short = node[KEY].rpartition(".")[2]
     takes_all = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
     starred = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)

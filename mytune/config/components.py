@@ -81,9 +81,7 @@ def find_component(name: str) -> Any:
         try:
             found = getattr(found, attribute)
         except AttributeError:
-            raise ConfigError(
-                f"unknown component {name!r}{_nearest(name, found, attribute)}"
-            ) from None
+            raise ConfigError(f"unknown component {name!r}{_nearest(found, attribute)}") from None
         except ImportError as error:
             raise _not_importable(name, error) from error
     if not callable(found):
@@ -112,16 +110,13 @@ def _import_module(name: str) -> tuple[ModuleType, list[str]]:
 
 
 def _import_local(file: Path, module: str) -> ModuleType:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(
-            str(Path.cwd())
-        )  # last: a file here never stands in for an installed package
+    here = Path.cwd().resolve()
+    if str(here) not in sys.path:
+        sys.path.append(str(here))  # last: a file here never stands in for an installed package
     importlib.invalidate_caches()
     spec = find_spec(module.split(".")[0])
-    places = [spec.origin or "", *(spec.submodule_search_locations or ())] if spec else []
-    if not any(
-        place and Path(place).resolve().is_relative_to(Path.cwd().resolve()) for place in places
-    ):
+    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+    if not any(place and Path(place).resolve().is_relative_to(here) for place in places):
         raise ConfigError(f"{file} is hidden by another module called {module!r}: rename the file")
     return importlib.import_module(module)
 
@@ -134,18 +129,19 @@ def _not_importable(name: str, error: ImportError) -> ResourceError:
     return ResourceError(f"{name} cannot be imported: {error}")
 
 
-def _nearest(name: str, owner: Any, attribute: str) -> str:
+def _nearest(owner: Any, attribute: str) -> str:
     known = {*getattr(owner, "__all__", dir(owner))}
     known |= {each.name for each in pkgutil.iter_modules(getattr(owner, "__path__", []))}
-    before, _, _ = name.partition(f".{attribute}")
-    return did_you_mean(name, [f"{before}.{each}" for each in known if each[0] != "_"])
+    return did_you_mean(attribute, [each for each in known if each[0] != "_"])
 
 
 def _foreign(found: Any) -> str | None:
     """Return why an object does not come from an allowed place; None if it does."""
     while isinstance(found, functools.partial):
         found = found.func
-    home = getattr(found, "__module__", None) or "nowhere"
+    home = getattr(found, "__module__", None)
+    if not isinstance(home, str):
+        return "does not say which module it comes from"
     if refusal(f"{home}.x") is None:
         local = local_file(f"{home}.x")
         file = getattr(sys.modules.get(home), "__file__", None)

@@ -94,6 +94,7 @@ def _resolve(tree: Tree, container: Any, key: Any, path: Path) -> Any:
     from omegaconf.errors import (
         InterpolationKeyError,
         InterpolationToMissingValueError,
+        MissingMandatoryValue,
         OmegaConfBaseException,
     )
 
@@ -101,6 +102,9 @@ def _resolve(tree: Tree, container: Any, key: Any, path: Path) -> Any:
         return None
     try:
         value = container[key]
+    except MissingMandatoryValue:
+        tree.problem(path, "??? stands for a value that is still to be given")
+        return None
     except InterpolationToMissingValueError:  # reported where the value is missing
         tree.broken.add(path)
         return None
@@ -116,4 +120,3 @@ def _resolve(tree: Tree, container: Any, key: Any, path: Path) -> Any:
     if isinstance(value, ListConfig):
         return [_resolve(tree, value, i, (*path, str(i))) for i in range(len(value))]
     return value
-

@@ -162,7 +162,7 @@ def chat_dataset(
             f"conversation_style is {conversation_style!r}; it can be {', '.join(_CONVERSATIONS)}"
         )
     style = _CONVERSATIONS[conversation_style]
-    transform = style(train_on_input, {style._column: conversation_column}, new_system_prompt)
+    transform = style(train_on_input, {style.column: conversation_column}, new_system_prompt)
     return sft_dataset(tokenizer, source=source, message_transform=transform, **options)
 
 

@@ -134,15 +134,15 @@ class _ConversationToMessages:
     new_system_prompt: str | None = None
 
     # What a format sets: its column, the keys of a turn, and the roles that a turn may name.
-    _column = _role_key = _text_key = ""
-    _roles = _OPENAI_ROLES
+    column = role_key = text_key = ""
+    roles = _OPENAI_ROLES
 
     def __post_init__(self) -> None:
-        _check_map(self.column_map, (self._column,))
+        _check_map(self.column_map, (self.column,))
 
     def __call__(self, row: Columns) -> list[Message]:
         """Return the turns."""
-        column = (self.column_map or {}).get(self._column, self._column)
+        column = (self.column_map or {}).get(self.column, self.column)
         turns = _value(row, column)
         if not isinstance(turns, list):
             raise DataError(f"column {column!r} is {reprlib.repr(turns)}, not a list of messages")
@@ -152,29 +152,29 @@ class _ConversationToMessages:
         return [*_system(self.new_system_prompt), *messages]
 
     def _message(self, turn: Any) -> Message:
-        if not isinstance(turn, Mapping) or self._role_key not in turn:
+        if not isinstance(turn, Mapping) or self.role_key not in turn:
             raise DataError(
                 f"a message is {reprlib.repr(turn)}, not an object with "
-                f"{self._role_key!r} and {self._text_key!r}"
+                f"{self.role_key!r} and {self.text_key!r}"
             )
-        name = str(turn[self._role_key])
-        if name not in self._roles:
-            raise DataError(f"role {name!r} is not one of {', '.join(self._roles)}")
-        role = self._roles[name]
-        content = _joined(turn.get(self._text_key))
+        name = str(turn[self.role_key])
+        if name not in self.roles:
+            raise DataError(f"role {name!r} is not one of {', '.join(self.roles)}")
+        role = self.roles[name]
+        content = _joined(turn.get(self.text_key))
         return Message(role, content, masked=role != "assistant" and not self.train_on_input)
 
 
 class ShareGPTToMessages(_ConversationToMessages):
     """Column `conversations`: turns `{"from": "human", "value": "..."}`, answered by `gpt`."""
 
-    _column, _role_key, _text_key, _roles = "conversations", "from", "value", _SHAREGPT_ROLES
+    column, role_key, text_key, roles = "conversations", "from", "value", _SHAREGPT_ROLES
 
 
 class OpenAIToMessages(_ConversationToMessages):
     """Column `messages`: turns `{"role": "user", "content": "..."}`; content may be text parts."""
 
-    _column, _role_key, _text_key, _roles = "messages", "role", "content", _OPENAI_ROLES
+    column, role_key, text_key, roles = "messages", "role", "content", _OPENAI_ROLES
 
 
 def _system(prompt: str | None) -> list[Message]:

@@ -1,14 +1,8 @@
 """KV cache, sampling, the decoding loop, and linears packed for decoding on a CPU."""
 
-from mytune._lazy import lazy_names
+from mytune.generation.generate import check_prompt, generate
+from mytune.generation.kv_cache import KVCache
+from mytune.generation.packing import pack_linears
+from mytune.generation.sampling import check_sampling, sample
 
-_WHERE = {
-    "KVCache": "kv_cache",
-    "check_prompt": "generate",
-    "generate": "generate",
-    "check_sampling": "sampling",
-    "sample": "sampling",
-    "pack_linears": "packing",
-}
-__all__ = list(_WHERE)
-__getattr__ = lazy_names(__name__, _WHERE)
+__all__ = ["KVCache", "check_prompt", "check_sampling", "generate", "pack_linears", "sample"]

@@ -31,9 +31,11 @@ class KVCache:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_dim)
-        self._keys = torch.empty(shape, device=device, dtype=dtype).unbind()
-        self._values = torch.empty(shape, device=device, dtype=dtype).unbind()
+        shape = (batch_size, config.num_kv_heads, length, config.head_dim)
+        self._keys, self._values = (
+            [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+            for _ in range(2)
+        )
         self.filled = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +44,7 @@ class KVCache:
         The layers of a forward write the same positions; the last one ends them.
 
         Raises:
-            IndexError: more positions than the cache was made for.
+            RuntimeError: more positions than the cache was made for.
         """
         new = k.shape[2]
         keys, values = self._keys[layer], self._values[layer]

@@ -11,8 +11,8 @@ from mytune.modules.decoder import Decoder
 class PackedLinear(nn.Module):
     """A linear without bias, for inference on a CPU, whose weight oneDNN has reordered.
 
-    The operators are those that torch.compile's freezing puts in the place of linears. Decoding, which
-    is all reading weights, was 1.2 to 1.7 times as fast with them, and prefill no slower.
+    The operators are those that torch.compile's freezing puts in the place of linears. Decoding,
+    which is all reading weights, was 1.2 to 1.7 times as fast with them, and prefill no slower.
 
     Args:
         weight: [out, in].
@@ -32,8 +32,8 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
     """Replace a CPU model's plain linears and its head by packed ones, in place, for inference.
 
     Weights are packed one by one; a tied head keeps its weight beside the packed one. Linears with
-    adapters and 4-bit ones stay as they are. Does nothing on other devices, or where torch or the CPU
-    lack the operators.
+    adapters and 4-bit ones stay as they are. Does nothing on other devices, or where torch or the
+    CPU lack the operators.
     """
     embedding = model.embed_tokens.weight
     if embedding.device.type != "cpu" or not _works(embedding.dtype):

@@ -45,6 +45,12 @@ PEFT_LORA = {
     "lora_alpha": 16,
 }
 OPTIMIZER = {"lr": 1e-5, "weight_decay": 0.01, "fused": True}
+# Constant: the recipe for LoRA demands a schedule.
+SCHEDULE = {
+    "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+    "num_warmup_steps": 0,
+    "num_cycles": 1e-9,
+}
 WHOLE_LOGITS = "torch.nn.CrossEntropyLoss"
 CHUNKED = "torchtune.modules.loss.CEWithChunkedOutputLoss"
 
@@ -157,7 +163,7 @@ def recipe_config(folder: Path, shape: Shape, lora: bool, dtype: str) -> dict[st
         "shuffle": False,
         "batch_size": BATCH_SIZE,
         "optimizer": {"_component_": "torch.optim.AdamW", **OPTIMIZER},
-        **({"lr_scheduler": CONSTANT} if lora else {"optimizer_in_bwd": False}),
+        **({"lr_scheduler": SCHEDULE} if lora else {"optimizer_in_bwd": False}),
         "epochs": 1,
         "max_steps_per_epoch": None,
         "gradient_accumulation_steps": 1,
@@ -167,13 +173,6 @@ def recipe_config(folder: Path, shape: Shape, lora: bool, dtype: str) -> dict[st
         "dtype": dtype,
         "enable_activation_checkpointing": False,
     }
-
-
-CONSTANT = {
-    "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
-    "num_warmup_steps": 0,
-    "num_cycles": 0.0,
-}
 
 
 def as_mytune(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mytune.training.checkpointing.checkpointers import (
 )
 from mytune.training.checkpointing.companions import companion_files
 from mytune.training.checkpointing.peft import read_adapter
+from tests.checkpointing import tiny
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -32,7 +33,7 @@ def rewrite(folder: Path, change: Any) -> None:
     save_file(state, file, {"format": "pt"})
 
 
-def test_all_tensors_that_do_not_fit_are_named_with_both_shapes(hf_dir: Path, tiny: Any) -> None:
+def test_all_tensors_that_do_not_fit_are_named_with_both_shapes(hf_dir: Path) -> None:
     def change(state: dict[str, Any]) -> None:
         del state["model.norm.weight"]
         state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(47, 32)
@@ -52,7 +53,7 @@ def test_all_tensors_that_do_not_fit_are_named_with_both_shapes(hf_dir: Path, ti
     assert caught.value.exit_code == 4
 
 
-def test_a_tied_model_whose_head_differs_is_refused(hf_dir: Path, tiny: Any) -> None:
+def test_a_tied_model_whose_head_differs_is_refused(hf_dir: Path) -> None:
     with pytest.raises(CheckpointError, match="tie_word_embeddings: false"):
         FullModelHFCheckpointer(str(hf_dir)).weights(replace(tiny.SIZES, tie_word_embeddings=True))
 
@@ -76,9 +77,7 @@ def test_a_link_out_of_the_directory_is_refused(hf_dir: Path, tmp_path: Path) ->
         FullModelHFCheckpointer(str(hf_dir), output_dir=str(tmp_path / "out"))
 
 
-def test_a_snapshot_of_the_hub_cache_may_link_to_its_blobs(
-    hf_dir: Path, tmp_path: Path, tiny: Any
-) -> None:
+def test_a_snapshot_of_the_hub_cache_may_link_to_its_blobs(hf_dir: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
     snapshot.mkdir(parents=True)
     hf_dir.rename(blobs)
@@ -118,7 +117,7 @@ def _meta_dir(folder: Path, content: Any) -> Path:
 
 
 def test_a_pickle_that_runs_code_is_refused_and_not_run(
-    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -129,9 +128,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(
 
 
 @pytest.mark.parametrize("content", [_expanded(), [1, 2], {"a": 3}], ids=str)
-def test_what_is_not_a_dict_of_plain_tensors_is_refused(
-    content: Any, tmp_path: Path, tiny: Any
-) -> None:
+def test_what_is_not_a_dict_of_plain_tensors_is_refused(content: Any, tmp_path: Path) -> None:
     folder = _meta_dir(tmp_path / "meta", content)
     with pytest.raises(CheckpointError, match=r"not a (plain tensor|dict of tensors)"):
         FullModelMetaCheckpointer(str(folder)).weights(tiny.SIZES)
@@ -156,21 +153,21 @@ def _legacy(file: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [_compressed, _overlapping, _legacy])
-def test_zip_files_that_are_not_torchs_are_refused(write: Any, tmp_path: Path, tiny: Any) -> None:
+def test_zip_files_that_are_not_torchs_are_refused(write: Any, tmp_path: Path) -> None:
     write(tmp_path / "consolidated.00.pth")
     with pytest.raises(CheckpointError, match=r"not stored plainly|not a file that torch\.save"):
         FullModelMetaCheckpointer(str(tmp_path)).weights(tiny.SIZES)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"\xff" * 8 + b[8:], lambda b: b""])
-def test_a_damaged_safetensors_file_is_refused(damage: Any, hf_dir: Path, tiny: Any) -> None:
+def test_a_damaged_safetensors_file_is_refused(damage: Any, hf_dir: Path) -> None:
     file = hf_dir / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(CheckpointError, match="not a usable safetensors file"):
         FullModelHFCheckpointer(str(hf_dir)).weights(tiny.SIZES)
 
 
-def test_files_can_be_listed_patterned_or_left_out(tmp_path: Path, tiny: Any) -> None:
+def test_files_can_be_listed_patterned_or_left_out(tmp_path: Path) -> None:
     tiny.write_hf(tmp_path, tiny.SIZES, "40KB")
     found = FullModelHFCheckpointer(str(tmp_path)).source.paths
     n = f"{len(found):05d}"
@@ -184,7 +181,7 @@ def test_files_can_be_listed_patterned_or_left_out(tmp_path: Path, tiny: Any) ->
 
 
 def test_errors_point_at_the_weights_that_are_there(hf_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="did you mean 'model.safetensors'"):
+    with pytest.raises(CheckpointError, match=r"did you mean 'model.safetensors'"):
         FullModelHFCheckpointer(str(hf_dir), ["model.safetensor"])
     (hf_dir / "original").mkdir()
     torch.save({}, hf_dir / "original" / "consolidated.00.pth")

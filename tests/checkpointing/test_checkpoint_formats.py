@@ -13,6 +13,7 @@ from mytune.training.checkpointing.checkpointers import (
     FullModelMetaCheckpointer,
 )
 from mytune.training.checkpointing.formats import FORMATS, HF, META, PEFT, parameter_shapes
+from tests.checkpointing import tiny
 
 TABLES = {**{fmt.name: fmt.table for fmt in FORMATS}, "PEFT": PEFT}
 
@@ -25,19 +26,19 @@ def test_a_table_is_one_to_one(name: str) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_models_names_survive_both_ways(fmt: Any, tied: bool, tiny: Any) -> None:
+def test_every_models_names_survive_both_ways(fmt: Any, tied: bool) -> None:
     names = parameter_shapes(replace(tiny.SIZES, num_layers=12, tie_word_embeddings=tied))
     theirs = [fmt.table.theirs(name) for name in names]
     assert [fmt.table.ours(name) for name in theirs] == list(names)
     assert len(set(theirs)) == len(names) == 3 + 12 * 9 - tied
 
 
-def test_names_are_those_that_transformers_uses(tiny: Any) -> None:
+def test_names_are_those_that_transformers_uses() -> None:
     theirs = {HF.table.theirs(name) for name in parameter_shapes(tiny.SIZES)}
     assert theirs == set(tiny.hf_model(tiny.SIZES).state_dict())
 
 
-def test_a_row_undoes_its_own_permutation_with_grouped_heads(tiny: Any) -> None:
+def test_a_row_undoes_its_own_permutation_with_grouped_heads() -> None:
     for name, shape in parameter_shapes(tiny.SIZES).items():
         row = META.table.row(name)
         theirs = torch.arange(torch.Size(shape).numel()).view(shape)

@@ -24,6 +24,7 @@ from mytune.training.checkpointing.checkpointers import (
     FullModelMetaCheckpointer,
 )
 from mytune.training.checkpointing.peft import check_adapter, read_adapter
+from tests.checkpointing import tiny
 
 MODULES = ("q_proj", "k_proj", "o_proj", "down_proj", "lm_head")
 KINDS = {
@@ -33,7 +34,7 @@ KINDS = {
 }
 
 
-def adapted(tiny: Any, checkpointer: Any, lora: LoRAConfig) -> Any:
+def adapted(checkpointer: Any, lora: LoRAConfig) -> Any:
     """A model whose adapters do something."""
     model = tiny.our_model(tiny.SIZES, checkpointer.weights(tiny.SIZES))
     apply_lora(model, lora)
@@ -62,14 +63,14 @@ def save(checkpointer: Any, model: Any, config: Any, merged: bool = True) -> Pat
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cls", [FullModelHFCheckpointer, FullModelMetaCheckpointer])
 def test_peft_loads_our_adapter_with_our_logits(
-    kind: str, cls: Any, tmp_path: Path, tiny: Any, tokens: Tensor
+    kind: str, cls: Any, tmp_path: Path, tokens: Tensor
 ) -> None:
     from peft import PeftModel
 
     source = tmp_path / "source"
     (tiny.write_hf if cls is FullModelHFCheckpointer else tiny.write_meta)(source, tiny.SIZES)
     checkpointer = cls(str(source), output_dir=str(tmp_path / "out"))
-    model = adapted(tiny, checkpointer, KINDS[kind])
+    model = adapted(checkpointer, KINDS[kind])
     saved = save(checkpointer, model, tiny.SIZES)
     base = tiny.hf_model(tiny.SIZES)
     with torch.no_grad():
@@ -81,12 +82,12 @@ def test_peft_loads_our_adapter_with_our_logits(
 
 
 def test_transformers_loads_the_merged_model_without_applying_the_adapter_again(
-    hf_dir: Path, tmp_path: Path, tiny: Any, tokens: Tensor
+    hf_dir: Path, tmp_path: Path, tokens: Tensor
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     checkpointer = FullModelHFCheckpointer(str(hf_dir), output_dir=str(tmp_path / "out"))
-    model = adapted(tiny, checkpointer, KINDS["LoRA"])
+    model = adapted(checkpointer, KINDS["LoRA"])
     theirs = AutoModelForCausalLM.from_pretrained(save(checkpointer, model, tiny.SIZES))
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-5, rtol=0)
@@ -94,11 +95,11 @@ def test_transformers_loads_the_merged_model_without_applying_the_adapter_again(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_alone_is_saved_and_read_back_exactly(
-    kind: str, hf_dir: Path, tmp_path: Path, tiny: Any
+    kind: str, hf_dir: Path, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out")
     checkpointer = FullModelHFCheckpointer(str(hf_dir), output_dir=out)
-    model = adapted(tiny, checkpointer, KINDS[kind])
+    model = adapted(checkpointer, KINDS[kind])
     saved = save(checkpointer, model, tiny.SIZES, merged=False)
     assert {p.name for p in saved.iterdir()} == {"adapter", "recipe_state", "MANIFEST.json"}
     named = FullModelHFCheckpointer(
@@ -114,7 +115,7 @@ def test_an_adapter_alone_is_saved_and_read_back_exactly(
         assert {**said, "target_modules": sorted(said["target_modules"])}.items() <= config.items()
 
 
-def test_an_adapter_that_peft_saved_is_read(tmp_path: Path, tiny: Any) -> None:
+def test_an_adapter_that_peft_saved_is_read(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = tiny.hf_model(tiny.SIZES)
@@ -128,10 +129,10 @@ def test_an_adapter_that_peft_saved_is_read(tmp_path: Path, tiny: Any) -> None:
     assert torch.equal(state["layers.1.attn.k_proj.lora_A.weight"], own[f"base_model.model.{name}"])
 
 
-def test_the_adapter_names_its_base_model(hf_dir: Path, tmp_path: Path, tiny: Any) -> None:
+def test_the_adapter_names_its_base_model(hf_dir: Path, tmp_path: Path) -> None:
     def named(out: str) -> str:
         checkpointer = FullModelHFCheckpointer(str(hf_dir), output_dir=str(tmp_path / out))
-        saved = save(checkpointer, adapted(tiny, checkpointer, KINDS["LoRA"]), tiny.SIZES)
+        saved = save(checkpointer, adapted(checkpointer, KINDS["LoRA"]), tiny.SIZES)
         config = json.loads((saved / "adapter" / "adapter_config.json").read_text())
         return str(config["base_model_name_or_path"])
 

@@ -18,6 +18,7 @@ from mytune.training.checkpointing import files, publish
 from mytune.training.checkpointing.checkpointers import FullModelHFCheckpointer
 from mytune.training.checkpointing.publish import clean_up, verify
 from mytune.training.run_dir import output_dir_lock
+from tests.checkpointing import tiny
 
 
 class Run:
@@ -45,7 +46,7 @@ class Run:
 
 
 @pytest.fixture
-def run(hf_dir: Path, tmp_path: Path, tiny: Any) -> Run:
+def run(hf_dir: Path, tmp_path: Path) -> Run:
     return Run(hf_dir, tmp_path / "out", tiny.SIZES)
 
 
@@ -113,7 +114,7 @@ def test_when_no_checkpoint_is_usable_all_are_named(run: Run) -> None:
     assert len(caught.value.details) == 2
 
 
-def test_old_checkpoints_are_pruned_and_the_newest_stays(hf_dir: Path, tiny: Any) -> None:
+def test_old_checkpoints_are_pruned_and_the_newest_stays(hf_dir: Path) -> None:
     run = Run(hf_dir, hf_dir.parent / "out", tiny.SIZES, keep_last_n_checkpoints=2)
     for step in (5, 10, 20, 100):
         run.save(f"step_{step}", step)
@@ -172,9 +173,7 @@ def _save_for_ever(hf_dir: Path, out: Path, config: Any, begun: Any) -> None:
             run.save(f"step_{step}", step)
 
 
-def test_a_run_killed_anywhere_finds_a_good_checkpoint_again(
-    hf_dir: Path, tmp_path: Path, tiny: Any
-) -> None:
+def test_a_run_killed_anywhere_finds_a_good_checkpoint_again(hf_dir: Path, tmp_path: Path) -> None:
     out, fork, last = tmp_path / "out", multiprocessing.get_context("fork"), 0
     for kill in range(8):
         here, there = fork.Pipe()

@@ -18,6 +18,7 @@ from mytune.training.checkpointing.checkpointers import (
     FullModelTorchTuneCheckpointer,
 )
 from mytune.training.checkpointing.safetensors_io import write_safetensors
+from tests.checkpointing import tiny
 
 
 def republished(cls: Any, folder: Path, config: Any, out: Path, dtype: Any = torch.float32) -> Path:
@@ -38,7 +39,7 @@ def assert_same(state: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("shard", ["1GB", "40KB"])
 def test_hf_files_come_back_byte_for_byte(
-    tied: bool, kv_heads: int, shard: str, tmp_path: Path, tiny: Any
+    tied: bool, kv_heads: int, shard: str, tmp_path: Path
 ) -> None:
     config = replace(tiny.SIZES, num_kv_heads=kv_heads, tie_word_embeddings=tied)
     tiny.write_hf(tmp_path / "hf", config, shard)
@@ -55,7 +56,7 @@ def test_hf_files_come_back_byte_for_byte(
         assert before["metadata"]["total_size"] == after["metadata"]["total_size"]
 
 
-def test_a_tied_source_that_holds_the_head_gets_it_back(tmp_path: Path, tiny: Any) -> None:
+def test_a_tied_source_that_holds_the_head_gets_it_back(tmp_path: Path) -> None:
     config = replace(tiny.SIZES, tie_word_embeddings=True)
     tiny.write_hf(tmp_path / "hf", config)
     file = tmp_path / "hf" / "model.safetensors"
@@ -66,7 +67,7 @@ def test_a_tied_source_that_holds_the_head_gets_it_back(tmp_path: Path, tiny: An
     assert (saved / "model.safetensors").read_bytes() == file.read_bytes()
 
 
-def test_bin_files_are_read_and_become_safetensors(tmp_path: Path, tiny: Any) -> None:
+def test_bin_files_are_read_and_become_safetensors(tmp_path: Path) -> None:
     model = tiny.write_hf(tmp_path / "hf", tiny.SIZES)
     (tmp_path / "hf" / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
@@ -80,7 +81,7 @@ def test_bin_files_are_read_and_become_safetensors(tmp_path: Path, tiny: Any) ->
 @pytest.mark.parametrize(("parts", "embedding_dim"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_meta_files_come_back_with_the_same_keys_and_parts(
-    parts: int, embedding_dim: int, tied: bool, tmp_path: Path, tiny: Any
+    parts: int, embedding_dim: int, tied: bool, tmp_path: Path
 ) -> None:
     config = replace(tiny.SIZES, tie_word_embeddings=tied)
     model = tiny.write_meta(tmp_path / "meta", config, parts, embedding_dim)
@@ -95,7 +96,7 @@ def test_meta_files_come_back_with_the_same_keys_and_parts(
     assert torch.equal(weights["layers.1.attn.q_proj.weight"], q_proj)
 
 
-def test_torchtunes_files_come_back(tmp_path: Path, tiny: Any) -> None:
+def test_torchtunes_files_come_back(tmp_path: Path) -> None:
     meta = tiny.meta_state(tiny.hf_model(tiny.SIZES).state_dict(), tiny.SIZES)
     renamed = {"attention.wq": "attn.q_proj", "attention.wk": "attn.k_proj"}
     renamed |= {"attention.wv": "attn.v_proj", "attention.wo": "attn.output_proj"}
@@ -115,7 +116,7 @@ def test_torchtunes_files_come_back(tmp_path: Path, tiny: Any) -> None:
 
 
 def test_transformers_loads_what_was_saved_with_our_logits(
-    hf_dir: Path, tmp_path: Path, tiny: Any, tokens: Tensor
+    hf_dir: Path, tmp_path: Path, tokens: Tensor
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -140,7 +141,7 @@ def test_transformers_loads_what_was_saved_with_our_logits(
         torch.testing.assert_close(theirs(tokens).logits, expected, atol=1e-5, rtol=0)
 
 
-def test_config_json_names_the_type_that_was_saved(hf_dir: Path, tmp_path: Path, tiny: Any) -> None:
+def test_config_json_names_the_type_that_was_saved(hf_dir: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     saved = republished(
@@ -151,9 +152,7 @@ def test_config_json_names_the_type_that_was_saved(hf_dir: Path, tmp_path: Path,
     assert AutoModelForCausalLM.from_pretrained(saved, dtype="auto").dtype == torch.bfloat16
 
 
-def test_saving_changes_neither_the_model_nor_the_inputs(
-    hf_dir: Path, tmp_path: Path, tiny: Any
-) -> None:
+def test_saving_changes_neither_the_model_nor_the_inputs(hf_dir: Path, tmp_path: Path) -> None:
     files = {path: path.read_bytes() for path in hf_dir.iterdir()}
     checkpointer = FullModelHFCheckpointer(str(hf_dir), output_dir=str(hf_dir))
     weights = dict(checkpointer.weights(tiny.SIZES))
@@ -165,7 +164,7 @@ def test_saving_changes_neither_the_model_nor_the_inputs(
     assert {path: path.read_bytes() for path in files} == files
 
 
-def test_the_tutorials_name_of_epoch_0_finds_its_weights(tmp_path: Path, tiny: Any) -> None:
+def test_the_tutorials_name_of_epoch_0_finds_its_weights(tmp_path: Path) -> None:
     tiny.write_meta(tmp_path / "meta", tiny.SIZES, parts=2)
     saved = republished(FullModelMetaCheckpointer, tmp_path / "meta", tiny.SIZES, tmp_path / "out")
     found = FullModelMetaCheckpointer(str(tmp_path / "out"), ["meta_model_0.pt"])
@@ -185,9 +184,8 @@ def test_real_weights_come_back_bit_for_bit(sub: str, data_dir: Path, tmp_path: 
             assert_same(torch.load(path), torch.load(saved / path.name))
         else:
             assert (saved / path.name).read_bytes() == path.read_bytes(), path.name
-    assert {p.name for p in saved.iterdir()} - {p.name for p in folder.iterdir()} == {
-        "MANIFEST.json"
-    }
+    added = {p.name for p in saved.iterdir()} - {p.name for p in folder.iterdir()}
+    assert added - {"tokenizer.json", "tokenizer_config.json"} == {"MANIFEST.json"}
 
 
 def test_the_writer_writes_what_safetensors_writes(tmp_path: Path) -> None:
@@ -200,6 +198,6 @@ def test_the_writer_writes_what_safetensors_writes(tmp_path: Path) -> None:
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "x").read_bytes()
 
 
-def test_load_checkpoint_gives_the_model_under_our_names(hf_dir: Path, tiny: Any) -> None:
+def test_load_checkpoint_gives_the_model_under_our_names(hf_dir: Path) -> None:
     loaded = FullModelHFCheckpointer(str(hf_dir), model_type="LLAMA3").load_checkpoint()
     assert tiny.our_model(tiny.SIZES, loaded["model"]).state_dict().keys() == loaded["model"].keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,9 @@ Load = Callable[..., LoadedConfig]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.startswith("my_")]:
+        del sys.modules[name]  # of the test before
     monkeypatch.setattr("mytune.config.components._allowed_by_user", set())
     (tmp_path / "recipe.py").write_text(RECIPE)
     (tmp_path / "my_parts.py").write_text(PARTS)

@@ -21,18 +21,27 @@ def test_fields_have_types_defaults_comments_sections_and_lines(folder: Path) ->
     assert names["seed"].type == "int | None" and names["seed"].optional
     assert names["dtype"].hint == Literal["bf16", "fp32"] and not names["dtype"].optional
     assert names["extra"].hint == dict[str, Any]
-    assert names["dataset"].default == {"_component_": "my_parts.rows", "source": "a", "packed": False}
+    assert names["dataset"].default == {
+        "_component_": "my_parts.rows",
+        "source": "a",
+        "packed": False,
+    }
     assert names["tags"].default == ["a", "b"]
     assert names["model"].comment == "what is trained;\na builder"
     assert names["optimizer"].comment == "the optimizer"
-    assert [names[each].section for each in ("output_dir", "seed", "model", "dataset", "batch_size")] == [
+    assert [
+        names[each].section for each in ("output_dir", "seed", "model", "dataset", "batch_size")
+    ] == [
         "Where things go",
         "",
         "The parts",
         "",
         "The loop",
     ]
-    assert "batch_size" in (folder / "recipe.py").read_text().splitlines()[names["batch_size"].line - 1]
+    assert (
+        "batch_size"
+        in (folder / "recipe.py").read_text().splitlines()[names["batch_size"].line - 1]
+    )
 
 
 def test_the_schema_agrees_with_the_dataclass_that_python_makes(folder: Path) -> None:
@@ -56,7 +65,7 @@ def test_the_schema_agrees_with_the_dataclass_that_python_makes(folder: Path) ->
         "component('x.y', a=open('ran', 'w'))",
         "field(default_factory=lambda: __import__('os').mkdir('ran'))",
         "[__import__('os').mkdir('ran')]",
-        "f'{__import__(\"os\").mkdir(\"ran\")}'",
+        'f\'{__import__("os").mkdir("ran")}\'',
     ],
 )
 def test_a_default_that_is_code_is_refused_and_not_run(folder: Path, default: str) -> None:
@@ -73,12 +82,18 @@ def test_all_that_is_wrong_with_a_recipe_is_told_at_once(folder: Path) -> None:
     recipe.write_text("class Config:\n    a: Path\n    b: int = f()\n    c: str | list[int] = 1\n")
     with pytest.raises(ConfigError) as caught:
         read_schema(recipe)
-    assert [each.split(": ")[0] for each in caught.value.details] == [f"{recipe}:{n}" for n in (2, 3, 4)]
+    assert [each.split(": ")[0] for each in caught.value.details] == [
+        f"{recipe}:{n}" for n in (2, 3, 4)
+    ]
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("def f(:\n", ":1: not a Python file"), ("x = 1\n", "no `class Config`"), ("a\0b", "not a Python file")],
+    [
+        ("def f(:\n", ":1: not a Python file"),
+        ("x = 1\n", "no `class Config`"),
+        ("a\0b", "not a Python file"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_named(folder: Path, source: str, message: str) -> None:
     (folder / "no.py").write_text(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from mytune.training.checkpointing.publish import (
 )
 from mytune.training.checkpointing.resume import STATE, TENSORS, Published, latest
 from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
+from mytune.training.checkpointing.tokenizer_files import tokenizer_files
 from mytune.training.checkpointing.weights_io import Plan, plan_weights, write_weights
 from mytune.training.run_dir import check_disk_space
 
@@ -193,7 +195,8 @@ class _Checkpointer:
 
     def _add_model(self, draft: Draft, plan: Plan, weights: Mapping[str, Tensor]) -> None:
         write_weights(draft, plan, weights)
-        for name, content in companions(self.source_dir, plan.dtype):
+        copied = companions(self.source_dir, plan.dtype)
+        for name, content in chain(copied, tokenizer_files(self.source_dir)):
             draft.add_bytes(name, content)
 
 

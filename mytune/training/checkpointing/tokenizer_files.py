@@ -1,0 +1,99 @@
+"""Hugging Face tokenizer files for checkpoints that have only Meta's tiktoken file.
+
+transformers does load a tiktoken `tokenizer.model` that stands alone, but without its special tokens:
+`<|eot_id|>` becomes text, silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from mytune.errors import CheckpointError
+from mytune.tokenizers.files import read_vocabulary
+from mytune.tokenizers.llama3 import PATTERN, SPECIAL_TOKENS
+from mytune.training.checkpointing.files import read_json, to_json
+
+# Llama 3's chat format, see `ChatFormat` of https://github.com/meta-llama/llama3.
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
+
+def tokenizer_files(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield what AutoTokenizer needs beside `tokenizer.model`, if that is all there is of a Llama 3."""
+    model, config = source / "tokenizer.model", source / "config.json"
+    if not (model.is_file() and config.is_file()) or (source / "tokenizer.json").is_file():
+        return
+    try:
+        tokens = read_vocabulary(model, PATTERN).tokens
+    except CheckpointError:  # SentencePiece, as in Llama 2: transformers reads that itself
+        return
+    said = read_json(config)
+    if said.get("vocab_size") != len(tokens) + len(SPECIAL_TOKENS):
+        return
+    yield "tokenizer.json", _tokenizer_json(model)
+    if not (source / "tokenizer_config.json").is_file():
+        yield "tokenizer_config.json", to_json(_tokenizer_config(said, len(tokens)))
+
+
+def _tokenizer_config(said: Mapping[str, Any], base: int) -> dict[str, Any]:
+    ends = said.get("eos_token_id")
+    end = ends[-1] if isinstance(ends, list) and ends else ends
+    known = isinstance(end, int) and base <= end < base + len(SPECIAL_TOKENS)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": SPECIAL_TOKENS[end - base] if known else "<|end_of_text|>",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": said.get("max_position_embeddings", 8192),
+        "chat_template": _CHAT_TEMPLATE,
+    }
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_json(model: Path) -> bytes:
+    """Return the `tokenizer.json` that gives a tiktoken file's ids (4 s for Llama 3's 128,000)."""
+    tokens = read_vocabulary(model, PATTERN).tokens
+    ranks = {token: rank for rank, token in tokens.items()}
+    letters = _letters()
+    text = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = [
+        (text[left], text[right])
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for left, right in sorted(
+            ((token[:i], token[i:]) for i in range(1, len(token))),
+            key=lambda pair: (ranks.get(pair[0], -1), ranks.get(pair[1], -1)),
+        )
+        if left in ranks and right in ranks
+    ]
+    vocabulary = {text[token]: rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS]
+    tokenizer.add_special_tokens(special)
+    bos = SPECIAL_TOKENS[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, len(ranks))]
+    )
+    return tokenizer.to_str().encode()
+
+
+def _letters() -> dict[int, str]:
+    """Return GPT-2's printable letter of each byte: itself, or one from 256 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = (byte for byte in range(256) if byte not in plain)
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(moved)}

@@ -1,0 +1,123 @@
+"""How `tune` ends: exit codes, one line per error, nothing secret, no noise in a pipe."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+
+import pytest
+
+from mytune import __version__, errors
+from mytune.cli.main import VERBS, main
+from mytune.cli.report import report
+from tests.cli.conftest import finish, start
+
+
+def fail(error: BaseException) -> int:
+    def work() -> int:
+        raise error
+
+    return report(work)
+
+
+def test_tune_alone_and_help_list_every_command(tune):
+    for words in ([], ["--help"], ["-h"]):
+        code, out, _ = tune(*words)
+        assert code == 0 and all(f"  {verb} " in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_explains_itself(tune, verb):
+    code, out, err = tune(verb, "--help")
+    assert code == 0 and out.startswith(f"usage: tune {verb}") and err == ""
+
+
+def test_version(tune):
+    assert tune("--version") == (0, f"mytune {__version__}\n", "")
+
+
+def test_misspelt_command_is_an_error_with_the_nearest_name(tune):
+    code, out, err = tune("validat")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: there is no command 'validat' (`tune --help` lists them); did you mean 'validate'?\n"
+    )
+
+
+def test_wrong_option_is_one_line_and_exit_2(tune):
+    code, _, err = tune("ls", "--all")
+    assert code == 2 and err == "error: unrecognized arguments: --all; see `tune ls --help`\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("x"), 2),
+        (errors.DataError("x"), 3),
+        (errors.CheckpointError("x"), 4),
+        (errors.ResourceError("x"), 5),
+        (errors.NumericalError("x"), 6),
+        (errors.DirectoryInUseError("x"), 7),
+        (OSError(errno.ENOSPC, "No space left on device", "w.safetensors"), 5),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 5),
+        (MemoryError("no 8 GiB"), 5),
+        (ModuleNotFoundError("No module named 'wandb'", name="wandb"), 5),
+        (ZeroDivisionError("x"), 70),
+        (ModuleNotFoundError("No module named 'mytune.x'", name="mytune.x"), 70),
+    ],
+)
+def test_every_kind_of_error_has_its_exit_code_and_one_line(capsys, error, code):
+    assert fail(error) == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_details_are_indented_below_the_message(capsys):
+    fail(errors.ConfigError("two problems", ["first", "second"]))
+    assert capsys.readouterr().err == "error: two problems\n  first\n  second\n"
+
+
+def test_stopped_early_is_no_error(capsys):
+    assert fail(errors.StoppedEarly("saved step_3")) == 75
+    assert capsys.readouterr().err == "stopped early: saved step_3\n"
+
+
+def test_ctrl_c_is_130_and_quiet(capsys):
+    assert fail(KeyboardInterrupt()) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bug_names_the_line_and_keeps_the_traceback(capsys):
+    assert fail(ZeroDivisionError("by zero")) == 70
+    err = capsys.readouterr().err
+    assert f"ZeroDivisionError: by zero ({__file__}:" in err and "--debug" in err
+    kept = Path(re.search(r"traceback is in (\S+\.txt)", err)[1])
+    assert "raise error" in kept.read_text()
+    kept.unlink()
+
+
+def test_debug_prints_the_traceback(capfd):
+    assert main(["cat", "--debug", "no/such"]) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith("error: there is no config")
+
+
+def test_secrets_are_not_printed(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdefghij")
+    fail(errors.DataError("refused hf_0123456789abcdefghij", ["api_key=swordfish1"]))
+    err = capsys.readouterr().err
+    assert "0123456789" not in err and "swordfish1" not in err and "refused" in err
+
+
+def test_a_pipe_closed_by_its_reader_is_quiet():
+    process = start("-m", "mytune", "ls")
+    process.stdout.close()
+    process.stdout = None
+    code, _, err = finish(process)
+    assert (code, err) == (141, "")
+
+
+def test_a_broken_pipe_elsewhere_is_not_silent(capsys):
+    assert fail(BrokenPipeError(errno.EPIPE, "a logger's socket")) == 70
+    assert "a logger's socket" in capsys.readouterr().err

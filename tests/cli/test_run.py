@@ -1,0 +1,222 @@
+"""`tune run` and `tune validate`: what is checked, what is run, and how it ends, also under torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mytune.cli.run import split
+from mytune.errors import ConfigError
+from tests.cli.conftest import Ended, finish, start
+
+NAME = "fam/1B_lora_single_device"
+LORA = ("lora_finetune_single_device", "--config", NAME)
+
+
+@pytest.fixture
+def mine(root: Path) -> Path:
+    """A recipe of the user's own, in a folder that is not the current one."""
+    recipe = root.parent / "elsewhere" / "mine.py"
+    recipe.parent.mkdir()
+    recipe.write_text((root / "recipes" / "finetune.py").read_text())
+    return recipe
+
+
+def launch(*words: object) -> Ended:
+    return finish(start("-m", "mytune", "run", *map(str, words)))
+
+
+# --- in this process ---
+
+
+def test_run_gives_the_recipe_its_config(tune, root):
+    assert tune("run", *LORA) == (0, "rank 0 of 1: out 4\n", "")
+
+
+@pytest.mark.parametrize("config", [["--config", NAME], [f"--config={NAME}"]])
+def test_config_may_stand_anywhere_and_overrides_win(tune, root, config):
+    words = ["lora_finetune_single_device", "batch_size=8", *config, "output_dir=a=b"]
+    assert tune("run", *words).out == "rank 0 of 1: a=b 8\n"
+
+
+def test_tilde_takes_a_key_back_to_its_default(tune, root):
+    assert tune("run", *LORA, "~batch_size").out == "rank 0 of 1: out 2\n"
+
+
+def test_copied_recipe_runs_from_any_folder(tune, root, mine):
+    assert tune("run", str(mine), "--config", NAME).out == "rank 0 of 1: out 4\n"
+    assert tune("run", "../elsewhere/mine.py", "output_dir=x").out == "rank 0 of 1: x 2\n"
+
+
+def test_copied_recipe_is_importable_under_its_name_while_it_runs(tune, mine):
+    mine.write_text(
+        mine.read_text().replace(
+            "    rank, ranks",
+            "    import pickle\n    assert pickle.loads(pickle.dumps(cfg)) == cfg\n    import beside\n    rank, ranks",
+        )
+    )
+    (mine.parent / "beside.py").write_text("")
+    assert tune("run", str(mine), "output_dir=x").code == 0
+
+
+@pytest.mark.parametrize(("end", "code"), [("code", 6), ("data", 3), ("bug", 70)])
+def test_end_of_the_recipe_is_the_exit_code(tune, root, end, code):
+    assert tune("run", *LORA, f"end={end}").code == code
+
+
+def test_all_problems_are_reported_before_the_recipe_is_imported(tune, root):
+    recipe = root / "recipes" / "finetune.py"
+    recipe.write_text(recipe.read_text().replace("import os", "import os\nprint('imported')"))
+    code, out, err = tune("run", *LORA, "batch_siz=3", "batch_size=two", "end")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: the config has 3 problems\n")
+    assert "did you mean 'batch_size'" in err and "'batch_size=two'" in err and "'end'" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["lora_finetune_single_devise"], "did you mean 'lora_finetune_single_device'"),
+        (["lora_finetune_single_device"], f"--config is missing: a YAML file, or one of {NAME}"),
+        ([*LORA, "--nproc_per_node", "2"], "torchrun's options come before the recipe"),
+        ([*LORA, "--batch-size=2"], "settings are key=value"),
+        (["-m", *LORA], "`tune run` starts the recipe itself"),
+        ([], "the following arguments are required: RECIPE"),
+        (["full_finetune_single_device", "--config"], "expected one argument"),
+    ],
+)
+def test_wrong_command_line_says_what_is_right(tune, root, words, hint):
+    code, out, err = tune("run", *words)
+    assert (code, out) == (2, "") and hint in err and err.count("\n") == 1
+
+
+def test_config_of_another_recipe_is_refused_with_the_right_line(tune, root):
+    (root / "recipes" / "generate.py").write_text((root / "recipes" / "finetune.py").read_text())
+    code, _, err = tune("run", "generate", "--config", NAME)
+    assert code == 2 and f"`tune run lora_finetune_single_device --config {NAME}`" in err
+
+
+def test_recipe_without_main_is_a_config_error(tune, mine):
+    mine.write_text(mine.read_text().replace("def main", "def other"))
+    code, _, err = tune("run", str(mine), "output_dir=x")
+    assert code == 2 and "def main(cfg: Config)" in err
+
+
+def test_recipe_can_be_a_script(mine):
+    ended = finish(start(str(mine), "output_dir=x", "batch_size=7", "end=data"))
+    assert ended.code == 3 and ended.out == "rank 0 of 1: x 7\n"
+    assert ended.err == "error: rows.jsonl:3: no output\n  row 3\n  row 4\n"
+
+
+def test_torchrun_options_are_told_from_the_recipe():
+    words = ["--nproc_per_node", "2", "--standalone", "--rdzv-endpoint=h:1", "rec", "--config", "c"]
+    assert split(words) == (words[:4], words[4:])
+    with pytest.raises(ConfigError, match="no-python"):
+        split(["--no_python", "rec"])
+
+
+# --- validate ---
+
+
+def test_validate_accepts_names_files_and_overrides(tune, root):
+    code, out, err = tune("validate", NAME, "batch_size=8")
+    assert (code, err) == (0, "") and out.startswith(f"Config is well-formed: {NAME}\n")
+    Path("my.yaml").write_text("output_dir: x\n")
+    assert tune("validate", "my.yaml").code == 0
+
+
+def test_validate_names_line_and_override_of_every_problem(tune, root):
+    Path("my.yaml").write_text("output_dir: x\nbatch_siz: 3\nend: [a]\n")
+    code, out, err = tune("validate", "my.yaml", "batch_size=x")
+    assert (code, out) == (2, "")
+    assert "my.yaml:2: " in err and "my.yaml:3: " in err and "override 'batch_size=x'" in err
+
+
+def test_validate_against_a_recipe_of_the_users_own(tune, root, mine):
+    mine.write_text(mine.read_text().replace("batch_size", "rows"))
+    Path("my.yaml").write_text("output_dir: x\nrows: 3\n")
+    assert tune("validate", "my.yaml", "--recipe", str(mine)).code == 0
+    assert tune("validate", "my.yaml").code == 2
+
+
+def test_validate_imports_no_torch_for_keys_and_types(root):
+    Path("my.yaml").write_text("output_dir: x\n")
+    code = (
+        "import sys; from mytune.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    )
+    recipe = str(root / "recipes" / "finetune.py")
+    assert finish(start("-c", code, "validate", "my.yaml", "--recipe", recipe)).out.endswith("False\n")
+
+
+# --- under torchrun ---
+
+
+@pytest.mark.ranks
+def test_torchrun_options_start_ranks_and_a_distributed_name_does_by_itself(mine):
+    ended = launch("--nproc_per_node", 2, mine, "output_dir=x", "batch_size=9")
+    assert ended.code == 0 and ended.err == ""
+    assert sorted(ended.out.splitlines()) == ["rank 0 of 2: x 9", "rank 1 of 2: x 9"]
+    named = mine.rename(mine.with_name("mine_distributed.py"))
+    ended = launch(named, "output_dir=x", "end=code")
+    assert ended.code == 6 and "rank 0 of " in ended.out
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("end", "code", "err"),
+    [
+        ("data", 3, "error: rows.jsonl:3: no output\n  row 3\n  row 4\n"),
+        ("one rank", 6, "error: the loss is nan\n"),
+    ],
+)
+def test_exit_code_and_message_come_through_torchrun_once(mine, end, code, err):
+    ended = launch("--nproc-per-node=2", mine, "output_dir=x", f"end={end}")
+    assert (ended.code, ended.err) == (code, err)
+
+
+@pytest.mark.ranks
+def test_killed_rank_is_named(mine):
+    ended = launch("--nproc-per-node=2", mine, "output_dir=x", "end=killed")
+    assert ended.code == 128 + signal.SIGKILL
+    assert ended.err.startswith("error: rank ") and "was killed by SIGKILL" in ended.err
+
+
+@pytest.mark.ranks
+def test_wrong_config_is_reported_once_and_starts_no_rank(mine):
+    ended = launch("--nproc-per-node=2", mine, "output_dir=x", "batch_size=two")
+    assert ended.code == 2 and ended.out == "" and ended.err.count("batch_size=two") == 1
+
+
+@pytest.mark.ranks
+def test_sigterm_reaches_every_rank_and_the_run_ends_with_75(mine):
+    process = start("-m", "mytune", "run", "--nproc-per-node=2", mine, "output_dir=x", "end=stopped")
+    lines = [process.stdout.readline() for _ in range(4)]
+    assert lines.count("waiting\n") == 2
+    process.send_signal(signal.SIGTERM)
+    ended = finish(process)
+    assert (ended.code, ended.err) == (75, "stopped early: saved step_3\n")
+
+
+@pytest.mark.ranks
+def test_ranks_do_not_outlive_their_launcher(mine):
+    process = start("-m", "mytune", "run", "--nproc-per-node=2", mine, "output_dir=x", "end=stopped")
+    while "waiting" not in process.stdout.readline():
+        pass
+    process.kill()
+    began = time.monotonic()
+    process.communicate(timeout=20)  # returns when the last rank has closed the pipe
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.ranks
+def test_ranks_share_the_cores(mine, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    mine.write_text(mine.read_text().replace("{cfg.batch_size}", "{os.environ['OMP_NUM_THREADS']}"))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    ended = launch("--nproc-per-node=1", mine, "output_dir=x")
+    assert ended.out == f"rank 0 of 1: x {cores}\n"

@@ -1,0 +1,111 @@
+"""The check of components: arguments, types, missing files, without running local code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mytune.config import check_components
+from tests.config.conftest import CONFIG, RECIPE, Load
+
+SUPPLIED = 'SUPPLIED = {"optimizer": ["params"], "lr_scheduler": ["optimizer", "num_training_steps"], "dataset": ["source"]}\n'
+
+
+@pytest.fixture
+def recipe(folder: Path) -> None:
+    (folder / "recipe.py").write_text(RECIPE + "\n" + SUPPLIED)
+
+
+def test_a_right_config_has_no_problems(recipe: None, load: Load) -> None:
+    yaml = CONFIG + "lr_scheduler: {_component_: my_schedules.cosine, warmup: 3}\n"
+    Path("my_schedules.py").write_text("def cosine(optimizer, warmup, num_training_steps): pass\n")
+    assert check_components(load("~dataset.source", yaml=yaml)) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "message"),
+    [
+        ("model.sizes=3", "model.sizes", "model takes no argument 'sizes'; did you mean 'size'?"),
+        ("model.size=big", "model.size", "'big' is not int"),
+        ("model.path=3", "model.path", "3 is not str | None"),
+        ("~model.size", "model._component_", "model needs the argument 'size'"),
+        ("model=my_parts.modl", "model._component_", "unknown component 'my_parts.modl'; did you mean 'model'?"),
+        ("model.inner={_component_: my_parts.Box}", "model.inner._component_", "Box needs the argument 'side'"),
+        ("model.inner=[{_component_: my_parts.Box, side: x}]", "model.inner.0.side", "'x' is not float"),
+        ("optimizer.lrr=3", "optimizer.lrr", "AdamW takes no argument 'lrr'; did you mean 'lr'?"),
+        ("optimizer=torch.optim.AdmW", "optimizer._component_", "did you mean 'AdamW'?"),
+        ("optimizer.params=[]", "optimizer.params", "the recipe itself gives AdamW this argument"),
+        ("optimizer=my_parts.Box", "optimizer._component_", ""),
+        ("lr_scheduler=my_parts.Box", "lr_scheduler._component_", "does not take 'num_training_steps', which the recipe gives"),
+    ],
+)  # fmt: skip
+def test_a_wrong_component_has_its_place(
+    recipe: None, load: Load, override: str, key: str, message: str
+) -> None:
+    loaded = load("~dataset.source", override)
+    assert loaded.problems == []
+    problems = check_components(loaded)
+    if not message:  # the recipe's first argument goes by position, whatever it is called
+        assert problems == []
+        return
+    place = "c.yaml:3" if override.startswith("~model") else f"override '{override}'"
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{place}: {key}: ") and message in problems[0]
+
+
+def test_without_the_table_nothing_of_the_recipe_counts_as_missing(load: Load) -> None:
+    assert check_components(load()) == []
+    assert check_components(load("~model.size")) == []
+
+
+def test_static_and_component_problems_add_up(recipe: None, load: Load) -> None:
+    loaded = load("seed=x", "model.sizes=1", "model.size=${nope}", "~dataset.source")
+    assert len(loaded.problems) == 2
+    assert len(check_components(loaded)) == 1
+
+
+def test_local_code_is_read_and_not_run(recipe: None, load: Load) -> None:
+    Path("my_evil.py").write_text(
+        "open('ran', 'w')\ndef f(a): pass\ng = f\n@g\ndef h(): pass\nclass C(f): pass\n"
+    )
+    loaded = load("model=my_evil.f", "model.b=1", "~dataset.source")
+    assert ["takes no argument 'b'" in each for each in check_components(loaded)] == [True, False]
+    for name in ("g", "h", "C"):  # what they take is known only when they run
+        assert check_components(load(f"model=my_evil.{name}", "model.b=1", "~dataset.source")) == []
+    assert not Path("ran").exists()
+
+
+def test_missing_files_of_our_components_are_told(recipe: None, load: Load) -> None:
+    yaml = CONFIG.replace(
+        "my_parts.model\n  size: 3",
+        "mytune.models.llama3.llama3_tokenizer\n  path: no/tokenizer.model",
+    )
+    loaded = load("~dataset.source", yaml=yaml)
+    problems = check_components(loaded)
+    assert len(problems) == 1
+    assert problems[0].startswith("c.yaml:4: model.path: 'no/tokenizer.model' does not exist")
+    assert check_components(loaded, files=False) == []
+    Path("no").mkdir()
+    Path("no/tokenizer.model").touch()
+    assert check_components(loaded) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        ("source: no.jsonl", 1),
+        ("source: here.jsonl", 0),
+        ("source: '*.jsonl'", 0),
+        ("source: someone/dataset", 0),
+        ("source: json, data_files: no.json", 1),
+        ("source: json, data_files: [here.jsonl, no.json]", 1),
+        ("source: someone/dataset, data_files: no.json", 0),
+        ("source: 'https://host/no.json'", 0),
+    ],
+)
+def test_missing_data_files_are_told(load: Load, arguments: str, missing: int) -> None:
+    Path("here.jsonl").touch()
+    dataset = f"dataset: {{_component_: mytune.datasets.instruct_dataset, {arguments}}}\n"
+    problems = check_components(load(yaml=CONFIG + dataset))
+    assert [each.endswith("does not exist") for each in problems] == [True] * missing

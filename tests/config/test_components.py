@@ -1,0 +1,166 @@
+"""Components: what may be named and built, and nothing else runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mytune.config import component, instantiate
+from mytune.config.components import allow, find_component, refusal
+from mytune.errors import ConfigError, ResourceError
+from tests.config.conftest import CONFIG, Load
+
+
+def test_a_component_is_called_with_its_arguments_and_keywords_win(folder: Path) -> None:
+    node = component("my_parts.rows", source="a", packed=True, n=1)
+    assert instantiate(node, packed=False, m=2) == ("rows", "a", False, {"n": 1, "m": 2})
+    assert instantiate({"_component_": "my_parts.model"}, 3, inner=4) == ("model", 3, 4)
+
+
+def test_components_in_arguments_are_built_first(folder: Path) -> None:
+    inner = {"_component_": "my_parts.model", "size": 1}
+    node = {"_component_": "my_parts.model", "size": 2, "inner": [inner, {"a": inner, "b": [5]}]}
+    built = ("model", 1, None)
+    assert instantiate(node) == ("model", 2, [built, {"a": built, "b": [5]}])
+
+
+def test_none_builds_nothing_and_a_list_builds_each(folder: Path) -> None:
+    assert instantiate(None) is None
+    nodes = [{"_component_": "my_parts.model"}, {"_component_": "my_parts.model", "inner": 1}]
+    assert instantiate(nodes, 7) == [("model", 7, None), ("model", 7, 1)]
+
+
+@pytest.mark.parametrize("node", ["my_parts.model", {"size": 1}, 3, {"_component_": 3}])
+def test_what_is_no_component_is_an_error(folder: Path, node: Any) -> None:
+    with pytest.raises(ConfigError, match="a component is a mapping with _component_"):
+        instantiate(node)
+
+
+def test_arguments_that_do_not_fit_are_an_error_before_the_call(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"my_parts\.model: missing a required argument: 'size'"):
+        instantiate({"_component_": "my_parts.model"})
+
+
+FOREIGN = [
+    "os.system",
+    "subprocess.run",
+    "builtins.exec",
+    "shutil.rmtree",
+    "torch.load",
+    "torch.hub.load",
+    "torch.os.system",
+    "torch.utils.cpp_extension.load",
+    "mytune.cli.main.main",
+    "mytune.config.instantiate",
+    "mytune.errors.TuneError",
+    "mytunes.models.x",
+    "torchvision.models.resnet18",
+]
+IN_DISGUISE = [
+    "torch.nn.modules.module.torch.load",
+    "torch.nn.modules.linear.math.sqrt",
+    "torch.nn.functional.importlib.import_module",
+    "torch.nn.functional.warnings.warn",
+    "torch.optim.optimizer.functools.partial",
+    "torch.optim.optimizer.torch.hub.load",
+    "mytune.models.lazy_names",
+    "my_evil.os.system",
+    "my_evil.run",
+]
+MALFORMED = ["model", ".x", "a..b", "torch.nn.Module.__init__", "torch.nn.Linear.__class__.mro", "a b.c", "", "os;system.x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN + MALFORMED)
+def test_a_foreign_name_is_refused_without_an_import(load: Load, name: str) -> None:
+    assert refusal(name) is not None
+    with pytest.raises(ConfigError):
+        instantiate({"_component_": name})
+    problems = load(yaml=CONFIG + f"optimizer: {{_component_: '{name}', x: 1}}\n").problems
+    assert len(problems) == 1 and problems[0].startswith("c.yaml:5: optimizer._component_: ")
+
+
+@pytest.mark.parametrize("name", IN_DISGUISE)
+def test_an_object_that_comes_from_elsewhere_is_refused(folder: Path, name: str) -> None:
+    (folder / "my_evil.py").write_text("import os\nfrom subprocess import run\n")
+    with pytest.raises(
+        ConfigError, match="is not allowed: it comes from|neither a function nor a class"
+    ):
+        find_component(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.optim.AdamW",
+        "torch.nn.Linear",
+        "torch.optim.lr_scheduler.StepLR",
+        "torch.nn.functional.cross_entropy",
+    ],
+)
+def test_what_belongs_there_is_found(folder: Path, name: str) -> None:
+    assert find_component(name).__name__ == name.rpartition(".")[2]
+
+
+def test_a_package_is_let_in_by_the_users_word(load: Load) -> None:
+    yaml = CONFIG + "optimizer: {_component_: fractions.Fraction, numerator: 3}\n"
+    assert "--allow-component fractions" in load(yaml=yaml).problems[0]
+    loaded = load(yaml=yaml, allow=("fractions",))
+    assert loaded.problems == []
+    assert instantiate(loaded.values()["optimizer"]) == 3
+    allow(["collections"])
+    with pytest.raises(ConfigError, match="does not say which module"):
+        find_component("collections._iskeyword")
+
+
+def test_python_files_outside_the_current_directory_are_not_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = folder / "outside"
+    inside = folder / "inside"
+    for each in (outside, inside):
+        each.mkdir()
+    (outside / "far.py").write_text("def f(): return 1\n")
+    (inside / "link.py").symlink_to(outside / "far.py")
+    monkeypatch.chdir(inside)
+    monkeypatch.syspath_prepend(outside)
+    assert refusal("far.f") and refusal("link.f")
+
+
+def test_a_file_named_like_an_installed_module_is_refused(folder: Path) -> None:
+    (folder / "json.py").write_text("open('ran', 'w')\ndef loads(s): return 1\n")
+    with pytest.raises(ConfigError, match=r"json\.py is hidden by another module"):
+        find_component("json.loads")
+    assert not (folder / "ran").exists()
+
+
+def test_local_packages_and_their_neighbours_are_importable(folder: Path) -> None:
+    (folder / "my_pkg").mkdir()
+    (folder / "my_pkg" / "deep.py").write_text("from my_near import N\ndef f(a): return N + a\n")
+    (folder / "my_near.py").write_text("N = 1\n")
+    assert instantiate({"_component_": "my_pkg.deep.f", "a": 2}) == 3
+
+
+def test_an_unknown_component_is_told_the_nearest(folder: Path) -> None:
+    for name, right in [
+        ("torch.optim.AdmW", "AdamW"),
+        ("mytune.models.lama3.llama3_8b", "llama3"),
+        ("my_parts.modl", "model"),
+    ]:
+        with pytest.raises(
+            ConfigError, match=f"unknown component '{name}'; did you mean '{right}'"
+        ):
+            find_component(name)
+
+
+def test_a_missing_package_is_told_with_how_to_install_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        ResourceError, match="needs the package bitsandbytes, which is not installed: pip install"
+    ):
+        find_component("bitsandbytes.optim.PagedAdamW8bit")

@@ -1,0 +1,225 @@
+"""Tokens are made once, kept on disk, and made again when anything that they depend on changes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import mmap
+import multiprocessing
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mytune.datasets import (
+    Message,
+    Stats,
+    alpaca_dataset,
+    instruct_dataset,
+    sft_dataset,
+    text_completion_dataset,
+)
+from mytune.datasets.cache import load_or_write
+from mytune.datasets.sources import Row
+from mytune.datasets.tokens import write_tokens
+from mytune.errors import ConfigError, DataError, ResourceError
+from tests.datasets.fake import CharTokenizer, text
+
+ROWS = [{"input": f"q{i}", "output": "a" * i} for i in range(1, 8)]
+
+
+def samples(ds):
+    return [(sample["tokens"].tolist(), sample["labels"].tolist()) for sample in ds]
+
+
+def test_a_second_run_maps_the_same_arrays_and_tokenizes_nothing(tokenizer, write_rows, cache):
+    file = write_rows(ROWS)
+    first = instruct_dataset(tokenizer, source=file)
+    calls, times = tokenizer.calls, {f: f.stat().st_mtime_ns for f in cache.rglob("*")}
+    second = instruct_dataset(tokenizer, source=file)
+    assert tokenizer.calls == calls == len(ROWS)
+    assert {f: f.stat().st_mtime_ns for f in cache.rglob("*")} == times
+    assert samples(second) == samples(first)
+    assert (second.stats, second.fingerprint) == (first.stats, first.fingerprint)
+    assert isinstance(second._tokens.base.base, mmap.mmap)  # mapped, not loaded
+
+
+def test_the_same_rows_elsewhere_are_the_same_dataset(tokenizer, write_rows):
+    first = instruct_dataset(tokenizer, source=write_rows(ROWS))
+    calls = tokenizer.calls
+    second = instruct_dataset(tokenizer, source=write_rows(ROWS, "moved.jsonl"))
+    assert tokenizer.calls == calls and second.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": [*ROWS[:-1], {"input": "q7", "output": "other"}]},
+        {"tokenizer": CharTokenizer(fingerprint="others")},
+        {"train_on_input": True},
+        {"new_system_prompt": "Be brief."},
+        {"column_map": {"input": "output"}},
+        {"max_seq_len": 7},
+        {"split": "train[:3]"},
+        {"on_bad_row": "skip"},
+    ],
+)
+def test_whatever_tokens_depend_on_makes_them_anew(tokenizer, write_rows, cache, change):
+    instruct_dataset(tokenizer, source=write_rows(ROWS))
+    arguments = {"tokenizer": tokenizer, "source": write_rows(change.pop("rows", ROWS)), **change}
+    changed = instruct_dataset(**arguments)
+    assert len([each for each in cache.iterdir() if each.is_dir()]) == 2
+    assert samples(changed) == samples(instruct_dataset(**arguments, filter_fn=lambda row: True))
+
+
+def test_another_format_makes_tokens_anew(tokenizer, write_rows):
+    rows = [{"instruction": "i", "input": "q", "output": "a"}]
+    file = write_rows(rows)
+    assert samples(instruct_dataset(tokenizer, source=file)) != samples(
+        alpaca_dataset(tokenizer, source=file)
+    )
+
+
+def shorten(file):
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("tokens", shorten),
+        ("trained", shorten),
+        ("offsets", shorten),
+        ("tokens", Path.unlink),
+        ("about.json", Path.unlink),
+        ("about.json", lambda file: file.write_text("{}")),
+        ("about.json", lambda file: file.write_text('{"fing')),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(tokenizer, write_rows, cache, name, damage):
+    file = write_rows(ROWS)
+    expected = samples(instruct_dataset(tokenizer, source=file))
+    damage(next(cache.glob(f"*/{name}")))
+    calls = tokenizer.calls
+    assert samples(instruct_dataset(tokenizer, source=file)) == expected
+    assert tokenizer.calls == calls + len(ROWS)
+
+
+def test_what_a_killed_process_left_is_removed(tokenizer, write_rows, cache):
+    file = write_rows(ROWS)
+    instruct_dataset(tokenizer, source=file)
+    folder = next(each for each in cache.iterdir() if each.is_dir())
+    folder.rename(folder.with_name(folder.name + ".tmp-abc"))
+    instruct_dataset(tokenizer, source=file)
+    assert [each.name for each in cache.iterdir() if each.is_dir()] == [folder.name]
+
+
+def write_slowly(folder):
+    with open(folder.parents[2] / "writers", "a") as log:
+        log.write("x")
+    time.sleep(0.3)
+    row = Row("somewhere:1", {"text": "abc"})
+    write_tokens(folder, [row], lambda values: ([1, 2, 3], [True, True, True]))
+
+
+def load(queue):
+    queue.put(load_or_write("key", write_slowly).fingerprint)
+
+
+def test_of_several_processes_one_writes_and_all_read(cache):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=load, args=(queue,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    prints = {queue.get(timeout=30) for _ in processes}
+    for process in processes:
+        process.join(30)
+    assert len(prints) == 1
+    assert (cache.parent.parent / "writers").read_text() == "x"
+
+
+def test_where_the_cache_cannot_be_written_the_run_goes_on(
+    tokenizer, write_rows, tmp_path, monkeypatch, caplog
+):
+    file = write_rows(ROWS)
+    expected = samples(instruct_dataset(tokenizer, source=file))
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("MYTUNE_CACHE_DIR", str(tmp_path / "a file"))
+    with caplog.at_level(logging.INFO, logger="mytune"):
+        ds = instruct_dataset(tokenizer, source=file)
+    assert samples(ds) == expected
+    assert len(caplog.records) == 1
+    assert "MYTUNE_CACHE_DIR" in caplog.text and "a file" in caplog.text
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(cache):
+    def write(folder):
+        (folder / "tokens").write_bytes(b"begun")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ResourceError, match=r"No space left.*MYTUNE_CACHE_DIR"):
+        load_or_write("key", write)
+    assert not [each for each in cache.iterdir() if each.is_dir()]
+
+
+@dataclass
+class Shout:
+    """A format of the user's own, whose code the cache cannot know."""
+
+    def __call__(self, row):
+        return [Message("user", row["input"]), Message("assistant", row["output"].upper())]
+
+
+@pytest.mark.parametrize("own", ["filter_fn", "message_transform"])
+def test_code_of_the_users_own_is_run_every_time(tokenizer, write_rows, cache, own):
+    build, arguments = {
+        "filter_fn": (instruct_dataset, {"filter_fn": lambda row: len(row["output"]) > 5}),
+        "message_transform": (sft_dataset, {"message_transform": Shout(), "split": "train[5:]"}),
+    }[own]
+    for _ in range(2):
+        calls = tokenizer.calls
+        ds = build(tokenizer, source=write_rows(ROWS), **arguments)
+        assert tokenizer.calls == calls + 2 and len(ds) == 2
+    assert text(ds[0]["tokens"]).lower() == "q6aaaaaa"
+    assert not cache.exists()
+
+
+def test_long_rows_are_cut_without_a_forced_end_and_counted(texts):
+    ds = text_completion_dataset(CharTokenizer(max_seq_len=6), texts([4, 6, 9, 20]))
+    assert ds.lengths.tolist() == [4, 6, 6, 6]
+    assert ds[2]["tokens"].tolist() == [1, *[ord("c")] * 5]
+    assert ds[2]["labels"].tolist() == [*[ord("c")] * 5, -100]
+    assert ds.stats == Stats(rows=4, truncated=2, tokens=22, trainable_tokens=18)
+    assert str(ds.stats) == "4 rows, 22 tokens (18 trained); 2 rows truncated to max_seq_len"
+
+
+def test_a_bad_row_stops_the_run_or_is_skipped_and_counted(tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps(row) for row in ROWS]
+    file.write_text("\n".join([lines[0], '{"input": "x"}', lines[1], "nonsense", lines[2]]))
+    with pytest.raises(DataError, match=r"rows.jsonl:2: no column 'output'.*on_bad_row=skip"):
+        instruct_dataset(tokenizer, source=str(file))
+    ds = instruct_dataset(tokenizer, source=str(file), on_bad_row="skip")
+    assert [text(sample["tokens"]) for sample in ds] == ["q1a", "q2aa", "q3aaa"]
+    assert ds.stats.skipped == 2
+    assert f"2 bad rows skipped, the first: {file}:2: no column 'output'" in str(ds.stats)
+    with pytest.raises(ConfigError, match="on_bad_row is 'ignore'"):
+        instruct_dataset(tokenizer, source=str(file), on_bad_row="ignore")
+
+
+def test_a_dataset_with_nothing_to_train_is_an_error(tokenizer, write_rows):
+    with pytest.raises(DataError, match=r"no rows: all 7 are bad, the first: .*rows.jsonl:1: no c"):
+        text_completion_dataset(tokenizer, write_rows(ROWS), on_bad_row="skip")
+    with pytest.raises(DataError, match="none of the dataset's 28 tokens is trained"):
+        instruct_dataset(tokenizer, source=write_rows(ROWS), max_seq_len=4)
+
+
+def test_a_row_without_a_trained_token_is_kept_and_counted(tokenizer, write_rows):
+    rows = [{"input": "long", "output": "x"}, {"input": "", "output": "yes"}]
+    ds = instruct_dataset(tokenizer, source=write_rows(rows), max_seq_len=6)
+    assert np.array_equal(ds[0]["labels"], np.full(6, -100))
+    assert (ds.stats.rows, ds.stats.untrained, ds.stats.trainable_tokens) == (2, 1, 2)

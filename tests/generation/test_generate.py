@@ -1,0 +1,138 @@
+"""What is generated is what the weights say, and it ends where it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mytune.errors import ConfigError, NumericalError
+from mytune.generation import generate, pack_linears
+from mytune.generation.generate import _decode
+from mytune.generation.packing import PackedLinear
+from tests.generation.conftest import VARIED, twins
+
+
+def text_of(tokenizer, tokens):
+    decoder = tokenizer.stream_decoder()
+    return "".join(map(decoder.put, tokens)) + decoder.flush()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_greedy_stories_are_the_expected_ones(stories, expected, packed):
+    model, tokenizer = stories
+    if packed:
+        pack_linears(model)
+    prompt = tokenizer.encode(" " + expected["prompt"].strip(), add_eos=False)
+    assert prompt == expected["prompt_ids"]
+    greedy_60 = list(generate(model, prompt, max_new_tokens=60))
+    assert text_of(tokenizer, greedy_60) == expected["greedy_60"]
+    greedy_200 = list(generate(model, [tokenizer.bos_id], max_new_tokens=200))
+    assert text_of(tokenizer, greedy_200) == expected["bos_greedy_200"]
+
+
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_greedy_equals_transformers(shape, packed):
+    ours, theirs = twins(**VARIED, **shape)
+    if packed:
+        pack_linears(ours)
+    prompt = [1, 5, 77, 20, 9]
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=80, do_sample=False, eos_token_id=None
+    )[0, len(prompt) :].tolist()
+    assert list(generate(ours, prompt, max_new_tokens=80)) == expected
+    assert len(set(expected)) > 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_linears_compute_the_same(dtype):
+    plain, packed = (twins()[0].to(dtype) for _ in range(2))
+    pack_linears(packed)
+    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 3 * 7 + 1
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            packed(tokens).float(),
+            plain(tokens).float(),
+            rtol=0,
+            atol=2e-6 if dtype is torch.float32 else 2e-2,
+        )
+
+
+def test_rows_of_a_batch_equal_one_by_one():
+    model, _ = twins(**VARIED)
+    prompts = [[1, 5, 9], [1, 80, 3]]
+    with torch.inference_mode():
+        steps = list(_decode(model, torch.tensor(prompts), 33, lambda x: x.argmax(-1), True))
+    for prompt, row in zip(prompts, torch.stack(steps, dim=1).tolist(), strict=True):
+        assert row == list(generate(model, prompt, max_new_tokens=30))
+
+
+def test_a_stop_token_ends_the_text_and_is_not_part_of_it():
+    model, _ = twins(**VARIED)
+    endless = list(generate(model, [1, 2], max_new_tokens=50))
+    stop = endless[20]
+    first = endless.index(stop)
+    assert list(generate(model, [1, 2], max_new_tokens=50, stop_tokens=[stop])) == endless[:first]
+
+
+def test_a_seed_repeats_the_text_and_another_changes_it():
+    model, _ = twins(**VARIED)
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return list(
+            generate(model, [1], max_new_tokens=40, temperature=1.0, top_k=50, generator=generator)
+        )
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_tokens_come_one_at_a_time():
+    model, _ = twins()
+    forwards = []
+    model.register_forward_hook(lambda module, args, out: forwards.append(args[0].shape[1]))
+    tokens = generate(model, [1, 2, 3], max_new_tokens=50)
+    assert forwards == []
+    next(tokens)
+    assert forwards == [3]
+    next(tokens)
+    assert forwards == [3, 1]
+
+
+def test_only_the_last_position_goes_through_the_head():
+    model, _ = twins()
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[:-1]))
+    next(generate(model, list(range(1, 90)), max_new_tokens=1))
+    assert rows == [(1,)]
+
+
+def test_the_text_ends_with_the_models_positions():
+    model, _ = twins()
+    assert len(list(generate(model, [1] * 100, max_new_tokens=300))) == 28
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([1] * 128, {}, "128 tokens.*128 positions"),
+        ([], {}, "no tokens"),
+        ([1, 160], {}, "token id 160.*vocabulary of 160"),
+        ([1], {"top_k": 0}, "top_k is 0"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_computed(prompt, settings, message):
+    model, _ = twins()
+    with pytest.raises(ConfigError, match=message):
+        generate(model, prompt, **{"max_new_tokens": 5, **settings})
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model, _ = twins()
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+    with pytest.raises(NumericalError, match="not finite"):
+        next(generate(model, [1, 2], max_new_tokens=3))

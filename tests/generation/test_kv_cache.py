@@ -1,0 +1,48 @@
+"""With a KV cache the model computes what it computes without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mytune.generation import KVCache, generate
+from tests.generation.conftest import VARIED, twins
+
+
+def cache_for(model, batch_size, length):
+    return KVCache(
+        model.config, batch_size=batch_size, length=length, device="cpu", dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [25, 1, 1, 1, 12], [1, 39]])
+def test_pieces_through_the_cache_equal_one_pass(pieces, kv_heads):
+    model, _ = twins(num_key_value_heads=kv_heads)
+    tokens = torch.randint(0, 160, (3, 40), generator=torch.Generator().manual_seed(1))
+    cache, positions = cache_for(model, 3, 40), torch.arange(40)[None]
+    seen = []
+    with torch.inference_mode():
+        expected = model(tokens)
+        for piece, where in zip(tokens.split(pieces, 1), positions.split(pieces, 1), strict=True):
+            seen.append(model(piece, where, cache=cache))
+    torch.testing.assert_close(torch.cat(seen, dim=1), expected, rtol=0, atol=2e-6)
+    assert cache.filled == 40
+
+
+def test_a_full_cache_refuses_another_position():
+    model, _ = twins()
+    cache = cache_for(model, 1, 3)
+    model(torch.tensor([[1, 2, 3]]), cache=cache)
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        model(torch.tensor([[4]]), torch.tensor([[3]]), cache=cache)
+
+
+def test_the_text_is_the_same_without_a_cache():
+    model, _ = twins(**VARIED)
+    texts = [
+        list(generate(model, [1, 7, 9], max_new_tokens=60, enable_kv_cache=on))
+        for on in (True, False)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 30
