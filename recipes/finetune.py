@@ -348,8 +348,7 @@ def load_model(
     has_adapters = bool(adapter_state(model))
     weights = (checkpointer if has_adapters or not resumed else resumed).weights(model.config)
     load_weights(model, weights, device, dtype)
-    adapter = resumed.adapter() if resumed else checkpointer.adapter_weights()
-    load_adapters(model, adapter, device, seed)
+    load_adapters(model, (resumed or checkpointer).adapter_weights(), device, seed)
     return model
 
 

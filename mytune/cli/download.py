@@ -17,7 +17,13 @@ from pathlib import Path
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
-from mytune.errors import ConfigError, ResourceError, TuneError, did_you_mean
+from mytune.errors import (
+    CheckpointError,
+    ConfigError,
+    ResourceError,
+    TuneError,
+    did_you_mean,
+)
 
 # The same weights once more, where there are safetensors.
 _DUPLICATES = ["*.pth", "*.pt", "*.bin", "*.h5", "*.msgpack", "*consolidated*"]
@@ -88,17 +94,19 @@ def _download(args: argparse.Namespace, folder: Path) -> None:
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         wanted = _wanted(sizes, args.ignore_patterns)
         _check_space(wanted, folder)
+        for name in _missing(wanted, folder):  # the library believes in a file that is there
+            (folder / name).unlink(missing_ok=True)
         names = [escape(name) for name in wanted]
         snapshot_download(args.repo_id, revision=info.sha, local_dir=folder, allow_patterns=names)
-        # Where the network fails, the library is content with any folder that is not empty.
-        missing = [name for name in wanted if _size(folder / name) != wanted[name]]
-        if missing:
+        if missing := _missing(wanted, folder):  # and, without network, in a folder
             raise ResourceError(f"the download is not complete; {_AGAIN}", missing)
         (folder / "original_repo_id.json").write_text(json.dumps({"repo_id": args.repo_id}))
 
 
 def _wanted(sizes: dict[str, int], ignore: list[str] | None) -> dict[str, int]:
     """Return name -> bytes of the files to take, and print what is left out."""
+    if bad := [name for name in sizes if name.startswith("/") or ".." in name.split("/")]:
+        raise CheckpointError("the repository has files that would lie outside the folder", bad)
     patterns = [each.strip() for each in ",".join(ignore or []).split(",")]
     why = ""
     if ignore is None and any(re.search(r"^(?!.*consolidated).*\.safetensors$", n) for n in sizes):
@@ -113,9 +121,7 @@ def _wanted(sizes: dict[str, int], ignore: list[str] | None) -> dict[str, int]:
 
 def _check_space(wanted: dict[str, int], folder: Path) -> None:
     """Raise a ResourceError if what is still to come does not fit on the disk."""
-    there = sum(size for name, size in wanted.items() if _size(folder / name) == size)
-    begun = sum(_size(file) for file in folder.glob(".cache/huggingface/**/*.incomplete"))
-    to_come = sum(wanted.values()) - there - begun
+    to_come = sum(wanted[name] for name in _missing(wanted, folder))
     disk = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.is_dir())
     free = shutil.disk_usage(disk).free
     if to_come > free:
@@ -177,9 +183,10 @@ def _next_command(name: str, folder: Path) -> str:
     )
 
 
-def _size(file: Path) -> int:
-    """Return the file's bytes, -1 if it is not there."""
-    return file.stat().st_size if file.is_file() else -1
+def _missing(wanted: dict[str, int], folder: Path) -> list[str]:
+    """Return the files that are not there in their full size."""
+    files = {name: folder / name for name in wanted}
+    return [n for n, f in files.items() if not f.is_file() or f.stat().st_size != wanted[n]]
 
 
 def _gib(size: int) -> str:

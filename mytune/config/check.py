@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from glob import glob
 from inspect import Parameter
-from pathlib import Path as File
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mytune.config.components import refusal
@@ -98,7 +98,7 @@ def _check_files(node: Component) -> Iterator[Finding]:
     folders = ["", *(str(node[key]) for key in ("checkpoint_dir", "output_dir") if node.get(key))]
     for key in _INPUTS:
         value = node.get(key)
-        if isinstance(value, str) and not any(File(folder, value).exists() for folder in folders):
+        if isinstance(value, str) and not any(Path(folder, value).exists() for folder in folders):
             how = "`tune download REPO --output-dir DIR` fetches models"
             yield key, f"{value!r} does not exist; {how}"
     keys = ["source", "data_files"] if node.get("source") in _READERS else ["source"]

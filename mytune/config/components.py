@@ -82,7 +82,7 @@ def find_component(name: str) -> Any:
             found = getattr(found, attribute)
         except AttributeError:
             raise ConfigError(f"unknown component {name!r}{_nearest(found, attribute)}") from None
-        except ImportError as error:
+        except Exception as error:  # a lazy name that cannot be imported
             raise _not_importable(name, error) from error
     if not callable(found):
         raise ConfigError(f"{name!r} is neither a function nor a class")
@@ -100,11 +100,9 @@ def _import_module(name: str) -> tuple[ModuleType, list[str]]:
         module = ".".join(parts[:end])
         try:
             return importlib.import_module(module), parts[end:]
-        except ImportError as error:
-            inside = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
-                f"{error.name}."
-            )
-            if not inside or end == 1:
+        except Exception as error:
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is None or not f"{module}.".startswith(f"{missing}.") or end == 1:
                 raise _not_importable(name, error) from error
     raise AssertionError(name)
 
@@ -118,15 +116,19 @@ def _import_local(file: Path, module: str) -> ModuleType:
     places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
     if not any(place and Path(place).resolve().is_relative_to(here) for place in places):
         raise ConfigError(f"{file} is hidden by another module called {module!r}: rename the file")
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{file} cannot be imported: {why}") from error
 
 
-def _not_importable(name: str, error: ImportError) -> ResourceError:
-    missing = (error.name or "").split(".")[0]
-    if isinstance(error, ModuleNotFoundError) and missing:
+def _not_importable(name: str, error: Exception) -> ResourceError:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        missing = error.name.split(".")[0]
         how = _INSTALL.get(missing, f"pip install {missing}")
         return ResourceError(f"{name} needs the package {missing}, which is not installed: {how}")
-    return ResourceError(f"{name} cannot be imported: {error}")
+    return ResourceError(f"{name} cannot be imported: {type(error).__name__}: {error}")
 
 
 def _nearest(owner: Any, attribute: str) -> str:

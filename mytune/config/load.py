@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mytune.config.components import allow, refusal
@@ -18,7 +18,7 @@ from mytune.config.schema import Schema, read_schema
 from mytune.config.torchtune import RETIRED, our_name
 from mytune.config.tree import Tree, merge
 from mytune.config.typed import bad_reference, make_typed, resolve, show
-from mytune.config.types import KEY, Path, components
+from mytune.config.types import KEY, Keys, components
 from mytune.config.yaml_text import read_yaml, write_yaml
 from mytune.errors import ConfigError, did_you_mean
 
@@ -61,9 +61,8 @@ class LoadedConfig:
         text, section, was_block = "", "", False
         for field in sorted(fields, key=lambda each: each.name) if sort else fields:
             is_block = isinstance(values[field.name], dict) and len(values[field.name]) > 0
-            heading = (
-                f"# {field.section}\n\n" if not sort and field.section not in ("", section) else ""
-            )
+            new = not sort and field.section not in ("", section)
+            heading = f"# {field.section}\n\n" if new else ""
             text += "\n" if text and (heading or is_block or was_block) else ""
             text += heading + "".join(f"# {line}\n" for line in field.comment.splitlines())
             text += write_yaml({field.name: values[field.name]})
@@ -72,8 +71,8 @@ class LoadedConfig:
 
 
 def load_config(
-    recipe_file: File,
-    config_file: File | None,
+    recipe_file: Path,
+    config_file: Path | None,
     overrides: Sequence[str] = (),
     *,
     allow_components: Sequence[str] = (),
@@ -98,8 +97,8 @@ def _line(problem: str) -> int:
 
 
 def read_config(
-    recipe_file: File,
-    config_file: File | None,
+    recipe_file: Path,
+    config_file: Path | None,
     overrides: Sequence[str] = (),
     *,
     allow_components: Sequence[str] = (),
@@ -108,20 +107,23 @@ def read_config(
     schema = read_schema(recipe_file)
     allow(allow_components)
     tree = Tree(schema, {f.name: copy.deepcopy(f.default) for f in schema.fields if not f.required})
+    name = _shown(config_file or recipe_file)
     if config_file is not None:
-        _read_file(tree, config_file)
+        _read_file(tree, config_file, name)
     apply_overrides(tree, overrides)
     tree.values = {key: _translate(tree, value, (key,)) for key, value in tree.values.items()}
-    _check_keys(tree, config_file)
+    _check_keys(tree, name)
     typed = make_typed(tree)
     resolved = resolve(tree, typed)
     _check_components(tree, resolved)
     return LoadedConfig(schema, tree, typed, resolved)
 
 
-def _read_file(tree: Tree, file: File) -> None:
-    below = file.resolve().is_relative_to(File.cwd().resolve())
-    name = os.path.relpath(file) if below else str(file)
+def _shown(file: Path) -> str:
+    return os.path.relpath(file) if file.resolve().is_relative_to(Path.cwd()) else str(file)
+
+
+def _read_file(tree: Tree, file: Path, name: str) -> None:
     try:
         document = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -132,7 +134,7 @@ def _read_file(tree: Tree, file: File) -> None:
     tree.places = {path: f"{name}:{line}" for path, line in document.lines.items()}
 
 
-def _translate(tree: Tree, node: Any, path: Path) -> Any:
+def _translate(tree: Tree, node: Any, path: Keys) -> Any:
     """Return `node` with our names for torchtune's, and without references of a wrong kind."""
     if isinstance(node, dict):
         return {key: _translate(tree, value, (*path, key)) for key, value in node.items()}
@@ -149,7 +151,7 @@ def _translate(tree: Tree, node: Any, path: Path) -> Any:
     return name
 
 
-def _check_keys(tree: Tree, config_file: File | None) -> None:
+def _check_keys(tree: Tree, name: str) -> None:
     """Report unknown and missing keys; take retired ones out."""
     names = tree.schema.names
     for key in [key for key in tree.values if key not in names]:
@@ -166,24 +168,18 @@ def _check_keys(tree: Tree, config_file: File | None) -> None:
     for field in tree.schema.fields:
         if field.name not in tree.values:
             about = f": {field.comment.splitlines()[0]}" if field.comment else ""
-            where = config_file.name if config_file else tree.schema.file.name
-            tree.problems.append(
-                f"{where}: the key {field.name!r} is missing ({field.type}{about})"
-            )
+            what = f"the key {field.name!r} is missing ({field.type}{about})"
+            tree.problems.append(f"{name}: {what}")
 
 
 def _check_components(tree: Tree, resolved: dict[str, Any]) -> None:
     """Report component keys that hold no component, and components that may not be built."""
     for field in tree.schema.fields:
         value = resolved.get(field.name)
-        if (
-            not field.is_component
-            or not tree.sound(field.name)
-            or (value is None and field.optional)
-        ):
-            continue
+        checked = field.is_component and field.name in resolved and tree.sound(field.name)
         nodes = value if isinstance(value, list) and value else [value]
-        if not all(isinstance(each, dict) and KEY in each for each in nodes):
+        right = all(isinstance(each, dict) and KEY in each for each in nodes)
+        if checked and not right and not (value is None and field.optional):
             tree.problem((field.name,), f"{show(value)} is not a component: a mapping with {KEY}")
     for path, node in components(resolved):
         name = node[KEY]

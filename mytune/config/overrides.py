@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from mytune.config.schema import Field, Schema
 from mytune.config.torchtune import our_name
 from mytune.config.tree import Tree, lookup, merge, put, slot
-from mytune.config.types import KEY, Path, dotted
+from mytune.config.types import KEY, Keys, dotted
 from mytune.config.yaml_text import read_value
 from mytune.errors import did_you_mean
 
@@ -22,7 +23,7 @@ class Override:
     """One override, `text` as the user typed it."""
 
     text: str
-    path: Path
+    path: Keys
     value: Any = None
     remove: bool = False
 
@@ -85,7 +86,7 @@ def _read(raw: str, field: Field | None) -> Any:
     return raw if wants_text and not isinstance(value, str | None) else value
 
 
-def _old(tree: Tree, path: Path) -> Any:
+def _old(tree: Tree, path: Keys) -> Any:
     try:
         return lookup(tree.values, path)
     except LookupError:
@@ -125,10 +126,10 @@ def _remove(tree: Tree, override: Override) -> None:
     elif field.required:
         raise ValueError(f"{name} is required; to change it write {name}=...")
     else:
-        tree.values[name] = field.default
+        tree.values[name] = copy.deepcopy(field.default)
 
 
-def _delete(tree: Tree, path: Path) -> None:
+def _delete(tree: Tree, path: Keys) -> None:
     if path[-1] == KEY:
         raise ValueError(
             f"a component needs its {KEY}; to remove it all write ~{dotted(path[:-1])}"

@@ -10,15 +10,16 @@ HIDDEN = "<redacted>"
 
 # Not every `*_token` is a secret: `eos_token`, `pad_token`, `max_new_tokens` are a tokenizer's.
 _NAME = (
-    r"(?:\w*_)?(?:(?:hf|hub|auth|access|api|bearer|refresh|session|github|wandb|comet|mlflow)_?token"
-    r"|(?:api|access|private|secret|auth|wandb|comet)_?key|secret|pass(?:word|wd|phrase)|credentials?)|token"
+    r"token|(?:\w*_)?(?:(?:hf|hub|auth|access|api|bearer|refresh|session|github|mlflow)_?token"
+    r"|(?:api|access|private|secret|auth)_?key|secret|pass(?:word|wd|phrase)|credentials?)"
 )
 _KEY = re.compile(_NAME, re.IGNORECASE)
 _ASSIGNED = re.compile(
-    rf"(?<!\w)((?:{_NAME})['\"]?\s*(?:=\s*|:\s*(?=['\"])))(?!['\"]?\$\{{)('[^']*'|\"[^\"]*\"|[^\s,}}'\"]+)",
+    rf"(?<!\w)((?:{_NAME})['\"]?\s*(?:=\s*|:\s*(?=['\"])))"  # key= or key: 'text
+    r"(?!['\"]?\$\{)('[^']*'|\"[^\"]*\"|[^\s,}'\"]+)",  # the value, if it is no ${...}
     re.IGNORECASE,
 )
-_SHAPE = re.compile(r"\bhf_\w{16,}|\bsk-[\w-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_SHAPE = re.compile(r"\bhf_\w{16,}|\bsk-[\w-]{16,}|(?<=Bearer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 _VARIABLE = re.compile(
     r"(?:\w*_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|(?:API|ACCESS|SECRET)_?KEY)"
 )

@@ -195,6 +195,9 @@ def _comment(comments: dict[int, tuple[str, bool]], start: int, line: int) -> tu
 def _read_supplied(tree: ast.Module) -> dict[str, list[str]] | None:
     for node in tree.body:
         match node:
-            case ast.Assign(targets=[ast.Name(id="SUPPLIED")], value=ast.Dict() as table):
+            case (
+                ast.Assign(targets=[ast.Name(id="SUPPLIED")], value=ast.Dict() as table)
+                | ast.AnnAssign(target=ast.Name(id="SUPPLIED"), value=ast.Dict() as table)
+            ):
                 return {key: list(names) for key, names in ast.literal_eval(table).items()}
     return None

@@ -33,7 +33,7 @@ RETIRED = {
         None, "each block, the embedding and the output are sharded"
     ),
     "fsdp": Retired(None, "torchtune 0.6 ignores it too"),
-    "fsdp_cpu_offload": Retired((False, None), "parameters stay on the device"),
+    "fsdp_cpu_offload": Retired(None, "parameters stay on the device"),
     "fsdp_reshard_after_forward": Retired(None, "it changes memory, never a result"),
     "enable_async_checkpointing": Retired(
         None, "it changes when a file is written, never what is in it"

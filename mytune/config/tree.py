@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mytune.config.schema import Schema
-from mytune.config.types import KEY, Path, dotted
+from mytune.config.types import KEY, Keys, dotted
 
 
 @dataclass
@@ -15,12 +15,12 @@ class Tree:
 
     schema: Schema
     values: dict[str, Any]
-    places: dict[Path, str] = field(default_factory=dict)
+    places: dict[Keys, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    broken: set[Path] = field(default_factory=set)
+    broken: set[Keys] = field(default_factory=set)
 
-    def where(self, path: Path) -> str:
+    def where(self, path: Keys) -> str:
         """Return the place that set `path`, a key around it, or else a key in it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:
@@ -28,12 +28,12 @@ class Tree:
         inside = (where for key, where in self.places.items() if key[: len(path)] == path)
         return next(inside, f"default of recipe {self.schema.file.name}")
 
-    def place(self, path: Path, where: str) -> None:
+    def place(self, path: Keys, where: str) -> None:
         """Note that `where` set all that is at `path`."""
         self.places = {p: w for p, w in self.places.items() if p[: len(path)] != path}
         self.places[path] = where
 
-    def problem(self, path: Path, text: str) -> None:
+    def problem(self, path: Keys, text: str) -> None:
         self.broken.add(path)
         self.problems.append(f"{self.where(path)}: {dotted(path)}: {text}")
 
@@ -49,7 +49,7 @@ def merge(base: Any, new: Any) -> Any:
     return base | {key: merge(base.get(key), value) for key, value in new.items()}
 
 
-def lookup(values: Any, path: Path) -> Any:
+def lookup(values: Any, path: Keys) -> Any:
     """Return what stands at `path`; LookupError if nothing does."""
     for part in path:
         if not isinstance(values, dict | list):
@@ -58,7 +58,7 @@ def lookup(values: Any, path: Path) -> Any:
     return values
 
 
-def put(values: Any, path: Path, value: Any) -> None:
+def put(values: Any, path: Keys, value: Any) -> None:
     """Set what stands at `path`, making mappings on the way; IndexError if a list is shorter."""
     for part in path[:-1]:
         here = slot(values, part)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mytune.config.schema import Field
 from mytune.config.tree import Tree, lookup
-from mytune.config.types import Path, children
+from mytune.config.types import Keys, children
 from mytune.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -68,12 +68,12 @@ def resolve(tree: Tree, typed: DictConfig) -> dict[str, Any]:
     from mytune.assets import ASSETS
 
     OmegaConf.register_resolver("asset", lambda name: str(ASSETS / name), replace=True)
-    try:
-        _spend(tree.values, tree.values, [MAX_TEXT])
-    except (OverflowError, RecursionError):
-        tree.problems.append("the ${...} references go round in a circle or expand without end")
-        return {}
-    names = [each.name for each in tree.schema.fields if tree.sound(each.name)]
+    for name in filter(tree.sound, tree.schema.names):
+        try:
+            _spend(tree.values, tree.values[name], [MAX_TEXT])
+        except (OverflowError, RecursionError):
+            tree.problem((name,), "its ${...} go round in a circle or expand without end")
+    names = filter(tree.sound, tree.schema.names)
     return {name: _resolve(tree, typed, name, (name,)) for name in names}
 
 
@@ -89,7 +89,7 @@ def _spend(values: dict[str, Any], node: Any, budget: list[int]) -> None:
             _spend(values, lookup(values, tuple(key.split("."))), budget)
 
 
-def _resolve(tree: Tree, container: Any, key: Any, path: Path) -> Any:
+def _resolve(tree: Tree, container: Any, key: Any, path: Keys) -> Any:
     from omegaconf import DictConfig, ListConfig
     from omegaconf.errors import (
         InterpolationKeyError,

@@ -9,7 +9,7 @@ KEY = "_component_"
 
 Component: TypeAlias = dict[str, Any]
 Components: TypeAlias = dict[str, Any] | list[dict[str, Any]]
-Path: TypeAlias = tuple[str, ...]  # a dotted key, split
+Keys: TypeAlias = tuple[str, ...]  # a dotted key, split
 
 
 class _Default(dict[str, Any]):
@@ -23,7 +23,7 @@ def component(path: str, **arguments: Any) -> Component:
     return _Default({KEY: path, **arguments})
 
 
-def dotted(path: Path) -> str:
+def dotted(path: Keys) -> str:
     return ".".join(path)
 
 
@@ -34,7 +34,7 @@ def children(node: Any) -> list[tuple[str, Any]]:
     return [(str(i), item) for i, item in enumerate(node)] if isinstance(node, list) else []
 
 
-def components(node: Any, path: Path = ()) -> Iterator[tuple[Path, Component]]:
+def components(node: Any, path: Keys = ()) -> Iterator[tuple[Keys, Component]]:
     """Yield every component in plain values, outer ones first, with its key."""
     if isinstance(node, dict) and KEY in node:
         yield path, node

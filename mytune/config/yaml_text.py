@@ -8,18 +8,14 @@ from typing import Any
 
 import yaml
 
-from mytune.config.types import Path, dotted
+from mytune.config.types import Keys, dotted
 
 MAX_NODES = 20_000  # what a file may expand to through its aliases
 
 # YAML 1.1, but `1e-4` is a number, `00005` and `12:30` are text, `None` is null.
 _PLAIN = [
     ("null", r"~|null|Null|NULL|None|", "~nN"),
-    (
-        "bool",
-        r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
-        "yYnNtTfFoO",
-    ),
+    ("bool", r"(?i:yes|no|true|false|on|off)", "yYnNtTfFoO"),
     ("int", r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)", "-+0123456789"),
     (
         "float",
@@ -75,7 +71,7 @@ class Document:
     """What a YAML file says: plain values, the line of each key, what is wrong (line, text)."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    lines: dict[Path, int] = field(default_factory=dict)
+    lines: dict[Keys, int] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -113,7 +109,7 @@ class _Reader:
     def __init__(self, loader: _Loader, document: Document) -> None:
         self.loader, self.document, self.count = loader, document, 0
 
-    def read(self, node: yaml.Node, path: Path) -> Any:
+    def read(self, node: yaml.Node, path: Keys) -> Any:
         self.count += 1
         if self.count > MAX_NODES:
             raise OverflowError(f"aliases expand to more than {MAX_NODES} values")
@@ -130,7 +126,7 @@ class _Reader:
             self.problem(node, "not a number that can be used")
             return None
 
-    def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, path: Keys) -> dict[str, Any]:
         found: dict[str, Any] = {}
         inherited: dict[str, Any] = {}
         first: dict[str, int] = {}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mytune.modules.decoder import Decoder
+from mytune.modules.lora import is_adapter
 
 
 class PackedLinear(nn.Module):
@@ -38,10 +39,12 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
     embedding = model.embed_tokens.weight
     if embedding.device.type != "cpu" or not _works(embedding.dtype):
         return
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child.bias is None:
-                setattr(module, name, PackedLinear(child.weight, batch_size))
+    # Names, not modules: a list of those would keep every weight until the last one is packed.
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name in names:
+        if not is_adapter(name):
+            weight = model.get_parameter(f"{name}.weight")
+            model.set_submodule(name, PackedLinear(weight, batch_size))
     if model.lm_head is None:
         model.lm_head = PackedLinear(embedding, batch_size)  # type: ignore[assignment]
 

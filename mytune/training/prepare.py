@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from mytune.modules.decoder import Decoder
-from mytune.modules.lora import init_adapters, is_adapter
+from mytune.modules.lora import adapter_state, init_adapters, is_adapter
 from mytune.quantization.nf4 import NF4Linear
+from mytune.training.checkpointing.peft import Adapter, check_adapter
 
 
 def checkpoint_activations(model: Decoder, enabled: bool = True) -> None:
@@ -59,11 +60,14 @@ def load_weights(
 
 @torch.no_grad()
 def load_adapters(
-    model: nn.Module, adapter: Mapping[str, Tensor] | None, device: torch.device, seed: int
+    model: nn.Module, adapter: Adapter | None, device: torch.device, seed: int
 ) -> None:
     """Give a model its adapters: those of a checkpoint, or fresh ones that change nothing.
 
     Base weights must be loaded. Does nothing for a model without adapters.
+
+    Raises:
+        CheckpointError: the checkpoint's adapters are not the model's, by name or shape.
     """
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(prefix, recurse=False)):
@@ -73,8 +77,9 @@ def load_adapters(
     if adapter is None:
         init_adapters(model, seed)
         return
-    own = dict(model.named_parameters())
-    for name, tensor in adapter.items():
+    own, (tensors, _) = adapter_state(model), adapter
+    check_adapter(tensors, own)
+    for name, tensor in tensors.items():
         own[name].copy_(tensor)
 
 

@@ -1,7 +1,7 @@
 """Loading a checkpoint until every weight has been read, and saving it, on the CPU; bfloat16, each
 in a process of its own. Memory is the peak above what the process held before (for saving, the
-loaded model). mytune's saving also hashes, fsyncs and reads everything back; transformers' does none
-of that.
+loaded model). mytune's saving also hashes, fsyncs and reads everything back; transformers' does
+none of that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Greedy continuation of a prompt of 64 ids by 64 more, batch 1, on the same random Llama: mytune,
-torchtune with its KV cache, transformers. In float32 all must give the same ids before anything is
-timed. Tokens per second count new tokens over prefill and decoding together.
+torchtune with its KV cache, transformers. In float32 all must give the same ids. They run at once
+and take turns, one text each; times are CPU seconds where there is one thread. Tokens per second
+count new tokens over prefill and decoding together.
 """
 
 from __future__ import annotations

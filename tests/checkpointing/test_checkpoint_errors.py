@@ -180,6 +180,17 @@ def test_files_can_be_listed_patterned_or_left_out(tmp_path: Path) -> None:
         FullModelHFCheckpointer(str(tmp_path), {"filename_format": "x"})
 
 
+def test_several_whole_models_are_not_taken_for_parts_of_one(tmp_path: Path) -> None:
+    tiny.write_meta(tmp_path / "meta", tiny.SIZES)
+    whole = tmp_path / "meta" / "consolidated.00.pth"
+    for epoch in range(2):
+        (tmp_path / f"meta_model_{epoch}.pt").write_bytes(whole.read_bytes())
+    with pytest.raises(CheckpointError, match="name one in checkpoint_files"):
+        FullModelMetaCheckpointer(str(tmp_path)).weights(tiny.SIZES)
+    named = FullModelMetaCheckpointer(str(tmp_path), ["meta_model_1.pt"])
+    assert named.weights(tiny.SIZES)
+
+
 def test_errors_point_at_the_weights_that_are_there(hf_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"did you mean 'model.safetensors'"):
         FullModelHFCheckpointer(str(hf_dir), ["model.safetensor"])

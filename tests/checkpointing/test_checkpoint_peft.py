@@ -107,7 +107,7 @@ def test_an_adapter_alone_is_saved_and_read_back_exactly(
     )
     latest = named.latest()
     assert latest is not None
-    for state, config in (named.adapter_weights(), latest.adapter()):  # type: ignore[misc]
+    for state, config in (named.adapter_weights(), latest.adapter_weights()):  # type: ignore[misc]
         check_adapter(state, adapter_state(model))
         assert all(torch.equal(state[name], t) for name, t in adapter_state(model).items())
         said = adapter_config(model)

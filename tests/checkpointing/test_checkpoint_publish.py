@@ -83,6 +83,21 @@ def test_the_newest_is_the_one_with_most_steps(run: Run) -> None:
     assert found is not None and found.path.name == "step_100"
 
 
+@pytest.mark.parametrize(
+    ("named", "step"), [("epoch_0", 1), ("epoch_0/recipe_state", 1), ("recipe_state.pt", 2)]
+)
+def test_recipe_checkpoint_names_the_one_to_resume_from(
+    named: str, step: int, hf_dir: Path, tmp_path: Path
+) -> None:
+    run = Run(hf_dir, tmp_path / "out", tiny.SIZES, recipe_checkpoint=named)
+    for saved in (1, 2):
+        run.save(f"epoch_{saved - 1}", saved)
+    found = run.checkpointer.latest()
+    assert found is not None and found.step == step
+    with pytest.raises(CheckpointError, match="has no checkpoint epoch_7"):
+        Run(hf_dir, run.out, tiny.SIZES, recipe_checkpoint="epoch_7").checkpointer.latest()
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "recipe_state/optimizer.safetensors"])
 def test_a_corrupt_byte_makes_resume_fall_back_with_a_warning(
     file: str, run: Run, caplog: pytest.LogCaptureFixture
@@ -162,13 +177,13 @@ def test_a_disk_that_fails_at_any_moment_costs_only_the_new_checkpoint(
     assert nth > 30
 
 
-def _save_for_ever(hf_dir: Path, out: Path, config: Any, begun: Any) -> None:
+def _save_for_ever(hf_dir: Path, out: Path, config: Any, told: Any) -> None:
     with output_dir_lock(out):
         run = Run(hf_dir, out, config, keep_last_n_checkpoints=2)
         found = run.checkpointer.latest()
         step = found.step if found else 0
-        begun.send(step)
         while True:
+            told.send(step)
             step += 1
             run.save(f"step_{step}", step)
 
@@ -180,16 +195,17 @@ def test_a_run_killed_anywhere_finds_a_good_checkpoint_again(hf_dir: Path, tmp_p
         child = fork.Process(target=_save_for_ever, args=(hf_dir, out, tiny.SIZES, there))
         child.start()
         try:
-            assert here.poll(60)
-            assert here.recv() == last
-            time.sleep(0.1 + 0.007 * kill)
+            for step in (last, last + 1):
+                assert here.poll(60)
+                assert here.recv() == step
+            time.sleep(0.007 * kill)
         finally:
             child.kill()
             child.join()
         with output_dir_lock(out):
             found = Run(hf_dir, out, tiny.SIZES).checkpointer.latest()
-        last = found.step if found else 0
-    assert last > 8
+        assert found is not None and found.step > last
+        last = found.step
     assert 1 <= len(list(out.iterdir())) <= 3
 
 

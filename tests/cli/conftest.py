@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 
 from mytune.cli import registry
 from mytune.cli.main import main
-from mytune.cli.report import DEBUG
 
 RECIPE = '''"""A recipe that says what it was given, and ends as it is told."""
 
@@ -79,15 +81,18 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DEBUG, "1")
-    monkeypatch.delenv(DEBUG)  # and again after the test, whoever set it
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Undo after each test what a command leaves in this process; keep its temporary files."""
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    with mock.patch.dict(os.environ, TMPDIR=str(tmp_path / "tmp")):
+        yield
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with one recipe and one config, which the registry takes for its own; the cwd is another."""
+    """A folder with a recipe and a config that the registry takes for its own; not the cwd."""
     root, cwd = tmp_path / "root", tmp_path / "cwd"
     for folder in (root / "recipes", root / "configs" / "fam", cwd):
         folder.mkdir(parents=True)
@@ -110,9 +115,11 @@ def tune(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
 def start(*words: str, **options: object) -> subprocess.Popen[str]:
     """Start `python WORDS` with its output in pipes."""
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(
+        [sys.executable, *words], stdout=pipe, stderr=pipe, text=True, **options
+    )  # type: ignore[call-overload,no-any-return]
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 60) -> Ended:
-    out, err = process.communicate(timeout=timeout)
+def finish(process: subprocess.Popen[str], stdin: str | None = None) -> Ended:
+    out, err = process.communicate(stdin, timeout=60)
     return Ended(process.returncode, out, err)

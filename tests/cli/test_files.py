@@ -16,7 +16,10 @@ NAME = "fam/1B_lora_single_device"
 
 
 def test_every_shipped_config_belongs_to_exactly_one_recipe():
-    owners = {name: [r.name for r in registry.RECIPES if name in r.configs()] for name in registry.configs()}
+    owners = {
+        name: [r.name for r in registry.RECIPES if name in r.configs()]
+        for name in registry.configs()
+    }
     assert owners and {name: found for name, found in owners.items() if len(found) != 1} == {}
 
 
@@ -66,7 +69,10 @@ def test_cat_sorts_keys_and_reads_files(tune, root):
     [
         ("fam/1B_lora_singel_device", f"did you mean '{NAME}'?"),
         ("missing.yaml", "there is no file missing.yaml"),
-        ("lora_finetune_single_device", "it is a recipe, and `tune ls lora_finetune_single_device`"),
+        (
+            "lora_finetune_single_device",
+            "it is a recipe, and `tune ls lora_finetune_single_device`",
+        ),
     ],
 )
 def test_cat_of_what_is_no_config_says_what_is(tune, root, name, hint):
@@ -93,8 +99,12 @@ def test_cp_of_a_config_stands_alone_and_means_the_same(tune, root):
 
 @pytest.mark.parametrize(
     ("destination", "expected"),
-    [(".", "1B_lora_single_device.yaml"), ("there", "there/1B_lora_single_device.yaml")]
-    + [("there/my_v1.2", "there/my_v1.2.yaml"), ("new/", "new/1B_lora_single_device.yaml")],
+    [
+        (".", "1B_lora_single_device.yaml"),
+        ("there", "there/1B_lora_single_device.yaml"),
+        ("there/my_v1.2", "there/my_v1.2.yaml"),
+        ("new/", "new/1B_lora_single_device.yaml"),
+    ],
 )
 def test_cp_into_a_folder_or_without_a_suffix(tune, root, destination, expected):
     cwd = root.parent / "cwd"
@@ -137,7 +147,9 @@ def test_config_file_is_taken_for_the_recipe_it_fits_best(root, tmp_path):
     assert registry.recipe_for(str(tmp_path / "b.yaml")).name == "finetune.py"
 
 
-@pytest.mark.parametrize("name", ["mine.py", "./mine.py", "mine", "{cwd}/mine.py", "../cwd/mine.py"])
+@pytest.mark.parametrize(
+    "name", ["mine.py", "./mine.py", "mine", "{cwd}/mine.py", "../cwd/mine.py"]
+)
 def test_recipe_may_be_any_path(root, name):
     cwd = root.parent / "cwd"
     (cwd / "mine.py").write_text(RECIPE)
@@ -161,7 +173,10 @@ def test_completion_knows_commands_names_and_flags(tune, shell):
 
 
 def test_bash_completes_a_recipe():
-    script = 'eval "$(cat)"; COMP_WORDS=(tune run lora_finetune_s) COMP_CWORD=2; _tune; echo "${COMPREPLY[@]}"'
+    typed = "COMP_WORDS=(tune run lora_finetune_s) COMP_CWORD=2"
+    script = f'eval "$(cat)"; {typed}; _tune; echo "${{COMPREPLY[@]}}"'
     out = finish(start("-m", "mytune", "completion", "bash")).out
-    found = subprocess.run(["bash", "-c", script], input=out, text=True, capture_output=True, check=True)
+    found = subprocess.run(
+        ["bash", "-c", script], input=out, text=True, capture_output=True, check=True
+    )
     assert found.stdout == "lora_finetune_single_device\n"

@@ -40,9 +40,8 @@ def test_version(tune):
 def test_misspelt_command_is_an_error_with_the_nearest_name(tune):
     code, out, err = tune("validat")
     assert (code, out) == (2, "")
-    assert err == (
-        "error: there is no command 'validat' (`tune --help` lists them); did you mean 'validate'?\n"
-    )
+    hint = "(`tune --help` lists them); did you mean 'validate'?"
+    assert err == f"error: there is no command 'validat' {hint}\n"
 
 
 def test_wrong_option_is_one_line_and_exit_2(tune):
@@ -94,7 +93,6 @@ def test_bug_names_the_line_and_keeps_the_traceback(capsys):
     assert f"ZeroDivisionError: by zero ({__file__}:" in err and "--debug" in err
     kept = Path(re.search(r"traceback is in (\S+\.txt)", err)[1])
     assert "raise error" in kept.read_text()
-    kept.unlink()
 
 
 def test_debug_prints_the_traceback(capfd):

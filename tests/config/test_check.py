@@ -9,12 +9,18 @@ import pytest
 from mytune.config import check_components
 from tests.config.conftest import CONFIG, RECIPE, Load
 
-SUPPLIED = 'SUPPLIED = {"optimizer": ["params"], "lr_scheduler": ["optimizer", "num_training_steps"], "dataset": ["source"]}\n'
+SUPPLIED = """
+SUPPLIED = {
+    "optimizer": ["params"],
+    "lr_scheduler": ["optimizer", "num_training_steps"],
+    "dataset": ["source"],
+}
+"""
 
 
 @pytest.fixture
 def recipe(folder: Path) -> None:
-    (folder / "recipe.py").write_text(RECIPE + "\n" + SUPPLIED)
+    (folder / "recipe.py").write_text(RECIPE + SUPPLIED)
 
 
 def test_a_right_config_has_no_problems(recipe: None, load: Load) -> None:
@@ -30,16 +36,32 @@ def test_a_right_config_has_no_problems(recipe: None, load: Load) -> None:
         ("model.size=big", "model.size", "'big' is not int"),
         ("model.path=3", "model.path", "3 is not str | None"),
         ("~model.size", "model._component_", "model needs the argument 'size'"),
-        ("model=my_parts.modl", "model._component_", "unknown component 'my_parts.modl'; did you mean 'model'?"),
-        ("model.inner={_component_: my_parts.Box}", "model.inner._component_", "Box needs the argument 'side'"),
-        ("model.inner=[{_component_: my_parts.Box, side: x}]", "model.inner.0.side", "'x' is not float"),
+        (
+            "model=my_parts.modl",
+            "model._component_",
+            "unknown component 'my_parts.modl'; did you mean 'model'?",
+        ),
+        (
+            "model.inner={_component_: my_parts.Box}",
+            "model.inner._component_",
+            "Box needs the argument 'side'",
+        ),
+        (
+            "model.inner=[{_component_: my_parts.Box, side: x}]",
+            "model.inner.0.side",
+            "'x' is not float",
+        ),
         ("optimizer.lrr=3", "optimizer.lrr", "AdamW takes no argument 'lrr'; did you mean 'lr'?"),
         ("optimizer=torch.optim.AdmW", "optimizer._component_", "did you mean 'AdamW'?"),
         ("optimizer.params=[]", "optimizer.params", "the recipe itself gives AdamW this argument"),
         ("optimizer=my_parts.Box", "optimizer._component_", ""),
-        ("lr_scheduler=my_parts.Box", "lr_scheduler._component_", "does not take 'num_training_steps', which the recipe gives"),
+        (
+            "lr_scheduler=my_parts.Box",
+            "lr_scheduler._component_",
+            "does not take 'num_training_steps', which the recipe gives",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_component_has_its_place(
     recipe: None, load: Load, override: str, key: str, message: str
 ) -> None:

@@ -69,7 +69,16 @@ IN_DISGUISE = [
     "my_evil.os.system",
     "my_evil.run",
 ]
-MALFORMED = ["model", ".x", "a..b", "torch.nn.Module.__init__", "torch.nn.Linear.__class__.mro", "a b.c", "", "os;system.x"]  # fmt: skip
+MALFORMED = [
+    "model",
+    ".x",
+    "a..b",
+    "torch.nn.Module.__init__",
+    "torch.nn.Linear.__class__.mro",
+    "a b.c",
+    "",
+    "os;system.x",
+]
 
 
 @pytest.mark.parametrize("name", FOREIGN + MALFORMED)
@@ -85,7 +94,7 @@ def test_a_foreign_name_is_refused_without_an_import(load: Load, name: str) -> N
 def test_an_object_that_comes_from_elsewhere_is_refused(folder: Path, name: str) -> None:
     (folder / "my_evil.py").write_text("import os\nfrom subprocess import run\n")
     with pytest.raises(
-        ConfigError, match="is not allowed: it comes from|neither a function nor a class"
+        ConfigError, match=r"is not allowed: it comes from|neither a function nor a class"
     ):
         find_component(name)
 

@@ -33,13 +33,25 @@ from tests.config.conftest import CONFIG, Load
         ("extra.f=1e-4", "extra", {"x": {"y": 1}, "f": 1e-4}),
         ("extra.f=00005", "extra", {"x": {"y": 1}, "f": "00005"}),
         ("~extra.x.y", "extra", {"x": {}}),
-        ("optimizer.lr=1", "optimizer", {"_component_": "torch.optim.AdamW", "lr": 1, "fused": True}),
+        (
+            "optimizer.lr=1",
+            "optimizer",
+            {"_component_": "torch.optim.AdamW", "lr": 1, "fused": True},
+        ),
         ("~optimizer.fused", "optimizer", {"_component_": "torch.optim.AdamW", "lr": 2e-5}),
-        ("lr_scheduler=torch.optim.lr_scheduler.StepLR", "lr_scheduler", {"_component_": "torch.optim.lr_scheduler.StepLR"}),
-        ("dataset=[{_component_: my_parts.rows, source: b}]", "dataset", [{"_component_": "my_parts.rows", "source": "b"}]),
+        (
+            "lr_scheduler=torch.optim.lr_scheduler.StepLR",
+            "lr_scheduler",
+            {"_component_": "torch.optim.lr_scheduler.StepLR"},
+        ),
+        (
+            "dataset=[{_component_: my_parts.rows, source: b}]",
+            "dataset",
+            [{"_component_": "my_parts.rows", "source": "b"}],
+        ),
         ("~shuffle", "shuffle", True),
     ],
-)  # fmt: skip
+)
 def test_a_value_is_set(load: Load, override: str, key: str, value: Any) -> None:
     loaded = load(override)
     assert loaded.problems == []
@@ -71,7 +83,8 @@ def test_a_new_name_alone_keeps_the_arguments(load: Load) -> None:
 def test_a_component_is_swapped_at_any_depth(load: Load) -> None:
     yaml = (
         CONFIG
-        + "  inner: {_component_: my_parts.Box, side: 1, lid: {_component_: my_parts.Box, side: 2}}\n"
+        + "  inner:\n    _component_: my_parts.Box\n    side: 1\n"
+        + "    lid: {_component_: my_parts.Box, side: 2}\n"
     )
     loaded = load("model.inner.lid=my_parts.model", "model.inner.lid.size=4", yaml=yaml)
     assert loaded.values()["model"]["inner"] == {
@@ -89,7 +102,9 @@ def test_a_component_is_swapped_at_any_depth(load: Load) -> None:
 def test_an_element_of_a_list_of_components_is_changed_by_its_index(load: Load) -> None:
     yaml = (
         CONFIG
-        + "dataset:\n  - {_component_: my_parts.rows, source: a}\n  - {_component_: my_parts.rows, source: b}\n"
+        + "dataset:\n"
+        + "  - {_component_: my_parts.rows, source: a}\n"
+        + "  - {_component_: my_parts.rows, source: b}\n"
     )
     loaded = load("dataset.1.source=c", "dataset.0=my_parts.model", "dataset.0.size=1", yaml=yaml)
     assert loaded.values()["dataset"] == [

@@ -31,7 +31,8 @@ def test_every_key_stands_below_its_comment(load: Load) -> None:
 def test_what_is_written_loads_to_the_same_values_and_text(load: Load, folder: Path) -> None:
     yaml = (
         CONFIG
-        + "note: 'a: ${output_dir} \\${x} #'\nextra: {t: '00005', u: '1e-4', v: [1, {w: null}], y: 'no'}\n"
+        + "note: 'a: ${output_dir} \\${x} #'\n"
+        + "extra: {t: '00005', u: '1e-4', v: [1, {w: null}], y: 'no'}\n"
     )
     loaded = load("lr_scale=1e-5", "output_dir=/a b", "tags=['1', 'x y']", yaml=yaml)
     for sort in (False, True):

@@ -9,20 +9,71 @@ import pytest
 
 from mytune.config.yaml_text import MAX_NODES, read_value, read_yaml, write_yaml
 
-ODD = ["1e-4", "00005", "12:30", "None", "null", "yes", "~", "", " a", "a: b", "a #b", "- a", "[x", "{", "&a", "*a",
-       "!!int 3", "0x10", "1_000", "2020-01-01", "a\nb", "é", "${a}/b", "'", '"', "<<", "=", ".inf", "3.", "%x", "@x"]  # fmt: skip
+ODD = [
+    "1e-4",
+    "00005",
+    "12:30",
+    "None",
+    "null",
+    "yes",
+    "~",
+    "",
+    " a",
+    "a: b",
+    "a #b",
+    "- a",
+    "[x",
+    "{",
+    "&a",
+    "*a",
+    "!!int 3",
+    "0x10",
+    "1_000",
+    "2020-01-01",
+    "a\nb",
+    "é",
+    "${a}/b",
+    "'",
+    '"',
+    "<<",
+    "=",
+    ".inf",
+    "3.",
+    "%x",
+    "@x",
+]
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4), ("2E5", 2e5), ("-3", -3), ("1_000", 1000), ("0x1f", 31), (".5", 0.5), ("0", 0), ("00005", "00005"),
-        ("12:30", "12:30"), ("2020-01-01", "2020-01-01"), ("True", True), ("no", False), ("null", None), ("None", None),
-        ("[q_proj, 1, None]", ["q_proj", 1, None]), ("{a: {b: 1e-3}}", {"a": {"b": 1e-3}}), ('"5"', "5"), ("''", ""),
-        ("a: b", "a: b"), ("a #b", "a #b"), ('"a" b', '"a" b'), ("!!python/name:os.system", "!!python/name:os.system"),
-        ("a=b", "a=b"), ("Hello, my name is", "Hello, my name is"), ("<<", "<<"),
+        ("1e-4", 1e-4),
+        ("2E5", 2e5),
+        ("-3", -3),
+        ("1_000", 1000),
+        ("0x1f", 31),
+        (".5", 0.5),
+        ("0", 0),
+        ("00005", "00005"),
+        ("12:30", "12:30"),
+        ("2020-01-01", "2020-01-01"),
+        ("True", True),
+        ("no", False),
+        ("null", None),
+        ("None", None),
+        ("[q_proj, 1, None]", ["q_proj", 1, None]),
+        ("{a: {b: 1e-3}}", {"a": {"b": 1e-3}}),
+        ('"5"', "5"),
+        ("''", ""),
+        ("a: b", "a: b"),
+        ("a #b", "a #b"),
+        ('"a" b', '"a" b'),
+        ("!!python/name:os.system", "!!python/name:os.system"),
+        ("a=b", "a=b"),
+        ("Hello, my name is", "Hello, my name is"),
+        ("<<", "<<"),
     ],
-)  # fmt: skip
+)
 def test_an_overrides_value_means_what_it_looks_like(text: str, value: Any) -> None:
     found = read_value(text)
     assert found == value and type(found) is type(value)

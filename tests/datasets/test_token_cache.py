@@ -87,12 +87,17 @@ def shorten(file):
     file.write_bytes(file.read_bytes()[:-8])
 
 
+def lose_pages(file):
+    file.write_bytes(bytes(file.stat().st_size))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         ("tokens", shorten),
         ("trained", shorten),
         ("offsets", shorten),
+        ("offsets", lose_pages),
         ("tokens", Path.unlink),
         ("about.json", Path.unlink),
         ("about.json", lambda file: file.write_text("{}")),
@@ -125,17 +130,18 @@ def write_slowly(folder):
     write_tokens(folder, [row], lambda values: ([1, 2, 3], [True, True, True]))
 
 
-def load(queue):
+def load(barrier, queue):
+    barrier.wait(60)
     queue.put(load_or_write("key", write_slowly).fingerprint)
 
 
 def test_of_several_processes_one_writes_and_all_read(cache):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=load, args=(queue,)) for _ in range(4)]
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=load, args=(barrier, queue)) for _ in range(4)]
     for process in processes:
         process.start()
-    prints = {queue.get(timeout=30) for _ in processes}
+    prints = {queue.get(timeout=60) for _ in processes}
     for process in processes:
         process.join(30)
     assert len(prints) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -126,11 +127,12 @@ class _Checkpointer:
     def latest(self) -> Published | None:
         """Return the newest checkpoint in `output_dir` that is complete and verifies.
 
-        Names of `.pt` files are torchtune's way to say "the newest".
+        `recipe_checkpoint` names another one; a `.pt` file is torchtune's way to say "the newest".
         """
-        name = self._recipe_checkpoint
-        by_name = name is not None and not name.endswith(".pt")
-        return latest(self.output_dir, Path(name or "").parts[0] if by_name else None)
+        said = self._recipe_checkpoint or "newest.pt"
+        named = re.search(r"(epoch|step)_\d+", said)
+        fallback = None if said.endswith(".pt") else said
+        return latest(self.output_dir, named[0] if named else fallback)
 
     def plan(self, config: DecoderConfig, dtype: torch.dtype) -> Plan:
         """Return what `save` writes: `.nbytes`, and `.read`, the order it asks for weights in."""

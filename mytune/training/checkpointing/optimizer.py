@@ -144,10 +144,10 @@ def _decode(value: Any, tensors: Mapping[str, Tensor], place: Callable[[Tensor],
     if not isinstance(value, Mapping):
         return value
     match value:
-        case {"tensor": path, **rest} if not rest:
+        case {"tensor": str(path), **rest} if not rest:
             return place(tensors[path])
         case {"dtype": str(name), **rest} if not rest:
-            return getattr(torch, name)
+            return torch.empty(0, dtype=getattr(torch, name)).dtype
         case {"list": list(items), **rest} if not rest:
             return [_decode(item, tensors, place) for item in items]
         case {"tuple": list(items), **rest} if not rest:

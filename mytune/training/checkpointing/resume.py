@@ -53,7 +53,7 @@ class Published:
         fmt = next(fmt for fmt in FORMATS if fmt.name == self.manifest["format"])
         return Source(fmt, find_files(fmt, self.path, None)).weights(config)
 
-    def adapter(self) -> Adapter | None:
+    def adapter_weights(self) -> Adapter | None:
         """Return the adapter's tensors and settings, or None where there is none."""
         folder = self.path / "adapter"
         return read_adapter(folder) if folder.is_dir() else None

@@ -200,6 +200,11 @@ class Source:
             for group in self.groups
         ]
         flat = [entry for entries in layout for entry in entries]
+        if self.format.parts and len(self.paths) > 1 and all(entry.dim is None for entry in flat):
+            raise CheckpointError(
+                "each of these files holds a whole model; name one in checkpoint_files",
+                [str(path) for path in self.paths],
+            )
         problems = [text for entry in flat if (text := self._problem(entry, allowed))]
         held = {entry.ours for entry in flat}
         problems += [

@@ -1,7 +1,7 @@
 """Hugging Face tokenizer files for checkpoints that have only Meta's tiktoken file.
 
-transformers does load a tiktoken `tokenizer.model` that stands alone, but without its special tokens:
-`<|eot_id|>` becomes text, silently.
+transformers loads a tiktoken `tokenizer.model` that stands alone, but without its special tokens:
+`<|eot_id|>` silently becomes text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHAT_TEMPLATE = (
 
 
 def tokenizer_files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield what AutoTokenizer needs beside `tokenizer.model`, if that is all there is of a Llama 3."""
+    """Yield what AutoTokenizer needs beside Llama 3's `tokenizer.model`, if it is not there."""
     model, config = source / "tokenizer.model", source / "config.json"
     if not (model.is_file() and config.is_file()) or (source / "tokenizer.json").is_file():
         return
@@ -48,12 +48,12 @@ def tokenizer_files(source: Path) -> Iterator[tuple[str, bytes]]:
 
 def _tokenizer_config(said: Mapping[str, Any], base: int) -> dict[str, Any]:
     ends = said.get("eos_token_id")
-    end = ends[-1] if isinstance(ends, list) and ends else ends
-    known = isinstance(end, int) and base <= end < base + len(SPECIAL_TOKENS)
+    end: Any = ends[-1] if isinstance(ends, list) and ends else ends
+    names = dict(enumerate(SPECIAL_TOKENS, base))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|begin_of_text|>",
-        "eos_token": SPECIAL_TOKENS[end - base] if known else "<|end_of_text|>",
+        "eos_token": names.get(end, "<|end_of_text|>"),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": said.get("max_position_embeddings", 8192),

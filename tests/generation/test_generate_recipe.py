@@ -1,0 +1,222 @@
+"""`tune run generate` with base, merged and adapted models: text on stdout, figures on stderr."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import mytune.generation
+from mytune.cli.main import main
+from mytune.generation import generate
+from mytune.models import qlora_auto_model
+from mytune.models.llama3 import llama3_tokenizer
+from mytune.tokenizers import Message
+from mytune.training import FullModelHFCheckpointer, load_adapters, load_weights
+from tests.generation.conftest import VARIED
+from tests.hf import tiny_llama
+
+FIGURES = [
+    r"Time for inference: \d+\.\d\d sec total, \d+\.\d\d tokens/sec",
+    r"Bandwidth achieved: \d+\.\d\d GB/s",
+    r"Memory used: \d+\.\d\d GB",
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in Hugging Face's format, and a tokenizer of bytes and special tokens."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(vocab_size=512, **VARIED).save_pretrained(folder)
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter made by PEFT, large enough to change the text."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(tiny_llama(vocab_size=512, **VARIED), config)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tune(base: Path, capfd: pytest.CaptureFixture[str]):
+    """Run the recipe on the base model; return stdout and stderr of a run that ends with `code`."""
+
+    def run(*overrides: str, code: int = 0) -> tuple[str, str]:
+        settings = {
+            "model._component_": "mytune.models.auto_model",
+            "model.checkpoint_dir": base,
+            "checkpointer.checkpoint_dir": base,
+            "tokenizer.path": base / "tokenizer.model",
+            "device": "cpu",
+            "dtype": "fp32",
+            "temperature": 0,
+            "max_new_tokens": 40,
+        }
+        words = [f"{key}={value}" for key, value in settings.items()]
+        capfd.readouterr()
+        assert main(["run", "generate", "--config", "generation", *words, *overrides]) == code
+        out, err = capfd.readouterr()
+        return out, err
+
+    return run
+
+
+def text_by_transformers(model, tokenizer, ids) -> str:
+    out = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=40,
+        do_sample=False,
+        eos_token_id=tokenizer.stop_tokens,
+    )
+    return tokenizer.decode(out[0, len(ids) :].tolist())
+
+
+def test_a_text_is_continued_on_stdout_and_the_figures_are_on_stderr(tune, base):
+    out, err = tune("prompt=Hello, my name is")
+    tokenizer = llama3_tokenizer(base / "tokenizer.model")
+    ids = tokenizer.encode("Hello, my name is", add_eos=False)
+    model = tiny_llama(vocab_size=512, **VARIED)
+    assert out == "Hello, my name is" + text_by_transformers(model, tokenizer, ids) + "\n"
+    for figure, line in zip(FIGURES, err.splitlines()[-3:], strict=True):
+        assert re.fullmatch(figure, line)
+
+
+def test_a_chat_turn_is_answered(tune, base):
+    out, _ = tune("prompt.user=Tell me a joke.", "prompt.system=Be brief.")
+    tokenizer = llama3_tokenizer(base / "tokenizer.model")
+    turns = [Message("system", "Be brief."), Message("user", "Tell me a joke.")]
+    ids, _ = tokenizer.tokenize_messages(turns, add_generation_prompt=True)
+    model = tiny_llama(vocab_size=512, **VARIED)
+    assert out == text_by_transformers(model, tokenizer, ids) + "\n"
+
+
+def test_base_and_adapter_say_what_peft_says(tune, base, adapter):
+    tokenizer = llama3_tokenizer(base / "tokenizer.model")
+    ids = tokenizer.encode("Hello", add_eos=False)
+    model = peft.PeftModel.from_pretrained(tiny_llama(vocab_size=512, **VARIED), adapter)
+    expected = "Hello" + text_by_transformers(model, tokenizer, ids) + "\n"
+    named = f"checkpointer.adapter_checkpoint={adapter}"
+    lora = (
+        "model._component_=mytune.models.lora_auto_model",
+        "model.lora_modules=[q_proj,down_proj]",
+        "model.lora_rank=4",
+        "model.lora_alpha=8",
+    )
+    assert tune("prompt=Hello", named)[0] == expected
+    assert tune("prompt=Hello", named, *lora)[0] == expected
+    assert tune("prompt=Hello")[0] != expected
+
+
+def test_a_merged_checkpoint_says_what_peft_says(tune, base, adapter, tmp_path):
+    tokenizer = llama3_tokenizer(base / "tokenizer.model")
+    model = peft.PeftModel.from_pretrained(tiny_llama(vocab_size=512, **VARIED), adapter)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    ids = tokenizer.encode("Hello", add_eos=False)
+    out, _ = tune("prompt=Hello", f"checkpointer.checkpoint_dir={tmp_path}")
+    assert out == "Hello" + text_by_transformers(merged, tokenizer, ids) + "\n"
+
+
+def test_a_4_bit_base_keeps_its_adapter_apart(tune, base, adapter):
+    lora = {"lora_modules": ["q_proj", "down_proj"], "lora_rank": 4, "lora_alpha": 8}
+    with torch.device("meta"):
+        model = qlora_auto_model(checkpoint_dir=str(base), **lora).eval()
+    checkpointer = FullModelHFCheckpointer(str(base), adapter_checkpoint=str(adapter))
+    cpu = torch.device("cpu")
+    load_weights(model, checkpointer.weights(model.config), cpu, torch.float32)
+    load_adapters(model, checkpointer.adapter_weights()[0], cpu, seed=0)
+    tokenizer = llama3_tokenizer(base / "tokenizer.model")
+    ids = tokenizer.encode("Hello", add_eos=False)
+    expected = generate(model, ids, max_new_tokens=40, stop_tokens=tokenizer.stop_tokens)
+    out, _ = tune(
+        "prompt=Hello",
+        "model._component_=mytune.models.qlora_auto_model",
+        *(f"model.{key}={value}" for key, value in lora.items()),
+        f"checkpointer.adapter_checkpoint={adapter}",
+    )
+    assert out == "Hello" + tokenizer.decode(list(expected)) + "\n"
+
+
+def test_a_seed_repeats_the_text(tune):
+    warm = ("prompt=Hello", "temperature=1.0", "top_k=50", "top_p=0.9")
+    texts = [tune(*warm, f"seed={seed}")[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_text_is_the_same_without_a_cache(tune):
+    assert tune("prompt=Hello", "enable_kv_cache=false")[0] == tune("prompt=Hello")[0]
+
+
+def test_ctrl_c_ends_the_text_and_still_reports(tune, monkeypatch):
+    def two_tokens(*args, **kwargs) -> Iterator[int]:
+        yield from b"!?"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mytune.generation, "generate", two_tokens)
+    out, err = tune("prompt=Hello", code=130)
+    assert out == "Hello!?\n"
+    assert re.fullmatch(FIGURES[2], err.splitlines()[-1])
+
+
+def test_a_text_beyond_the_models_positions_is_announced(tune):
+    _, err = tune("prompt=Hello", "max_new_tokens=200")
+    assert "warning: the text will end at the model's 128 positions" in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prompt.usr=Hi"], "must be a text, or a mapping"),
+        (["prompt.user=null"], "must be a text, or a mapping"),
+        (["prompt=7"], "must be a text, or a mapping"),
+        (["prompt=" + "long " * 40], "201 tokens"),
+        (["temperature=-1", "top_p=2"], "temperature is -1.*top_p is 2"),
+        (["quantizer={_component_: torch.nn.Identity}"], "quantizer is not supported"),
+    ],
+)
+def test_what_is_wrong_is_said_before_weights_are_read(tune, overrides, message):
+    out, err = tune(*overrides, code=2)
+    assert re.search(message, err)
+    assert out == ""
+    assert "weights" not in err
+
+
+def test_adapters_without_a_checkpoint_are_an_error(tune):
+    lora = "model._component_=mytune.models.lora_auto_model"
+    _, err = tune("prompt=Hi", lora, "model.lora_modules=[q_proj]", code=2)
+    assert "checkpointer.adapter_checkpoint" in err
+    assert "weights" not in err
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("form", ["hf", "meta"])
+def test_the_stories_model_tells_its_story(tune, data_dir, expected, form):
+    folder = data_dir / "stories260K" / form
+    checkpointer = {"hf": "FullModelHFCheckpointer", "meta": "FullModelMetaCheckpointer"}[form]
+    prompt = " " + expected["prompt"].strip()
+    out, _ = tune(
+        f"model.checkpoint_dir={folder}",
+        f"checkpointer._component_=mytune.training.{checkpointer}",
+        f"checkpointer.checkpoint_dir={folder}",
+        f"tokenizer.path={folder / 'tokenizer.model'}",
+        f'prompt="{prompt}"',
+        "max_new_tokens=60",
+    )
+    assert out == prompt + expected["greedy_60"] + "\n"
