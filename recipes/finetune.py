@@ -15,14 +15,13 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from mytune.config import Component, Components, component, instantiate, redact
+from mytune.config import Component, Components, component, config_yaml, instantiate
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
 from mytune.errors import ConfigError, StoppedEarly
 from mytune.modules import (
@@ -67,6 +66,14 @@ from mytune.training import (
 )
 
 log = logging.getLogger("mytune")
+
+# What the recipe hands to components itself: a config need not name it.
+SUPPLIED = {
+    "optimizer": ["params"],
+    "lr_scheduler": ["optimizer", "num_training_steps", "last_epoch"],
+    "dataset": ["tokenizer"],
+    "dataset_val": ["tokenizer"],
+}
 
 
 @dataclass(kw_only=True)
@@ -258,7 +265,7 @@ def make_logger(cfg: Config, step: int) -> MetricLoggers:
     """Open the metric loggers where a run of `step` steps left off, and give them the config."""
     logger = MetricLoggers(as_list(instantiate(cfg.metric_logger)))
     logger.resume_at(step)
-    logger.log_config(yaml.safe_dump(redact(asdict(cfg)), sort_keys=False))
+    logger.log_config(config_yaml(cfg))
     return logger
 
 

@@ -138,7 +138,7 @@ def execute(job: Job, loaded: LoadedConfig, module: ModuleType | None = None) ->
     module = module or _import_recipe(job.recipe)
     if not hasattr(module, "main"):
         raise ConfigError(f"{job.recipe} has no `def main(cfg: Config)`: a recipe starts there")
-    code: int | None = module.main(module.Config(**loaded.values()))
+    code: int | None = module.main(loaded.build(module.Config))
     return code or 0
 
 

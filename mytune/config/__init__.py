@@ -2,7 +2,7 @@
 
 from mytune.config.check import check_components
 from mytune.config.components import instantiate
-from mytune.config.load import LoadedConfig, config_error, load_config, read_config
+from mytune.config.load import LoadedConfig, config_error, config_yaml, load_config, read_config
 from mytune.config.redact import redact
 from mytune.config.schema import Field, Schema, read_schema
 from mytune.config.types import Component, Components, component
@@ -16,6 +16,7 @@ __all__ = [
     "check_components",
     "component",
     "config_error",
+    "config_yaml",
     "instantiate",
     "load_config",
     "read_config",

@@ -7,9 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mytune.config.components import allow, refusal
 from mytune.config.overrides import apply_overrides
@@ -24,6 +24,15 @@ from mytune.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+_TEXT = "_yaml"  # where a Config carries the text it was read from
+T = TypeVar("T")
+
+
+def config_yaml(config: Any) -> str:
+    """Return a recipe's `Config` as YAML, to keep beside its results: `${...}` kept, secrets hidden."""
+    return getattr(config, _TEXT, None) or write_yaml(redact(asdict(config)))
 
 
 @dataclass
@@ -47,6 +56,12 @@ class LoadedConfig:
     def values(self) -> dict[str, Any]:
         """Return plain values for `Config(**values)`: typed, references filled in."""
         return copy.deepcopy(self.resolved)
+
+    def build(self, config_class: type[T]) -> T:
+        """Return the recipe's `Config`, filled; `config_yaml` gives its text."""
+        config = config_class(**self.values())
+        setattr(config, _TEXT, self.to_yaml())
+        return config
 
     def where(self, key: str) -> str:
         """Return what set `key`: `file.yaml:12`, an override, or the recipe's default."""

@@ -204,7 +204,7 @@ def candidates(output_dir: Path) -> list[Candidate]:
                 found.append(Candidate(path, read_manifest(path)["step"]))
             except CheckpointError:
                 found.append(Candidate(path, -1))
-    return sorted(found, key=lambda candidate: candidate.path.name)
+    return sorted(found, key=lambda candidate: (-candidate.step, candidate.path.name))
 
 
 def prune(output_dir: Path, keep: int, newest: Path) -> None:
