@@ -11,7 +11,6 @@ Copy it with `tune cp lora_finetune_single_device my_recipe.py` and change what 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -50,6 +49,7 @@ from mytune.training import (
     load_adapters,
     load_optimizer_state,
     load_weights,
+    log,
     memory_stats,
     offload_activations,
     optimizer_state,
@@ -64,8 +64,6 @@ from mytune.training import (
     world_size,
     write_report,
 )
-
-log = logging.getLogger("mytune")
 
 # What the recipe hands to components itself: a config need not name it.
 SUPPLIED = {

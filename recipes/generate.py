@@ -159,7 +159,7 @@ def load_model(
     home = torch.device("cpu") if merge else device
     load_weights(model, checkpointer.weights(model.config), home, dtype)
     if adapter is not None:
-        load_adapters(model, adapter[0], home, seed=0)
+        load_adapters(model, adapter, home, seed=0)
     if merge:
         with torch.device("meta"):
             plain = Decoder(model.config)

@@ -50,7 +50,7 @@ def companion_files(source: Path) -> dict[str, Path]:
 def companions(source: Path, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:
     """Yield names and contents to copy; `config.json` names the type that the weights now have."""
     for name, path in companion_files(source).items():
-        yield name, path.read_bytes()
+        yield name, _retyped(path, dtype) if name == "config.json" else path.read_bytes()
 
 
 def _retyped(path: Path, dtype: torch.dtype) -> bytes:
