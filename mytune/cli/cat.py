@@ -10,7 +10,7 @@ def parser() -> Parser:
     parser = Parser(
         "cat", description="Print a whole config: what its file says and the recipe's defaults."
     )
-    parser.add_argument("config", metavar="CONFIG", help="a config's name, or a YAML file")
+    parser.add_argument("config", metavar="CONFIG", help="a name of `tune ls`, or a YAML file")
     parser.add_argument("--sort", action="store_true", help="order the keys by name")
     return parser
 

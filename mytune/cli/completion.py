@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 def _words(verb: str) -> list[str]:
     """Return what may follow a verb: the names it takes and its flags."""
-    recipes, configs = [recipe.name for recipe in registry.RECIPES], registry.configs()
+    recipes, configs = list(registry.RECIPES), registry.configs()
     names = {
         "ls": recipes,
         "cp": recipes + configs,

@@ -7,33 +7,27 @@ from pathlib import Path
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
-from mytune.errors import ConfigError, did_you_mean
+from mytune.errors import ConfigError
 
 
 def parser() -> Parser:
     parser = Parser(
         "cp", description="Copy a recipe, or a config with every key and its comment, to change it."
     )
-    parser.add_argument("name", metavar="NAME", help="a recipe or config that `tune ls` lists")
-    parser.add_argument(
-        "destination", metavar="DEST", help="a file, with or without suffix, or a folder"
-    )
-    parser.add_argument(
-        "-n", "--no-clobber", action="store_true", help="keep a file that is there already"
-    )
-    parser.add_argument("--make-parents", action="store_true", help="create the folders above DEST")
+    add = parser.add_argument
+    add("name", metavar="NAME", help="a recipe or config that `tune ls` lists")
+    add("destination", metavar="DEST", help="a file, with or without suffix, or a folder")
+    add("-n", "--no-clobber", action="store_true", help="keep a file that is there already")
+    add("--make-parents", action="store_true", help="create the folders above DEST")
     return parser
 
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     recipe = registry.named_recipe(args.name)
-    names = [*(each.name for each in registry.RECIPES), *registry.configs()]
+    names = [*registry.RECIPES, *registry.configs()]
     if args.name not in names:
-        near = did_you_mean(args.name, names)
-        raise ConfigError(
-            f"there is no recipe or config {args.name!r} (`tune ls` lists them){near}"
-        )
+        raise registry.unknown("recipe or config", args.name, names)
     target = _target(args.destination, args.name, ".py" if recipe else ".yaml")
     if args.no_clobber and target.exists():
         print(f"File already exists at {target}, not overwriting.")
@@ -63,7 +57,5 @@ def _config(name: str, target: Path) -> str:
 
     recipe = registry.recipe_of(name)
     assert recipe is not None  # every config belongs to a recipe: a test holds it
-    head = (
-        f"# {name} with every key of the recipe.\n#   tune run {recipe.name} --config {target}\n\n"
-    )
-    return head + whole_config(name)
+    line = f"tune run {recipe.name} --config {target}"
+    return f"# {name} with every key of its recipe.\n#   {line}\n\n{whole_config(name)}"

@@ -9,11 +9,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
+from typing import TypeAlias
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
@@ -27,6 +28,7 @@ from mytune.errors import (
 
 # The same weights once more, where there are safetensors.
 _DUPLICATES = ["*.pth", "*.pt", "*.bin", "*.h5", "*.msgpack", "*consolidated*"]
+_Sizes: TypeAlias = dict[str, int | None]  # bytes of each file, None where the hub does not say
 _TOKENIZERS = ("original/tokenizer.model", "tokenizer.model", "tokenizer.json")
 _LOGIN = "pass --hf-token, set HF_TOKEN, or log in with `hf auth login`"
 _AGAIN = "the same command goes on where this one ended"
@@ -91,8 +93,7 @@ def _download(args: argparse.Namespace, folder: Path) -> None:
 
     with _explained(args.repo_id):
         info = HfApi().model_info(args.repo_id, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        wanted = _wanted(sizes, args.ignore_patterns)
+        wanted = _wanted({f.rfilename: f.size for f in info.siblings or []}, args.ignore_patterns)
         _check_space(wanted, folder)
         for name in _missing(wanted, folder):  # the library believes in a file that is there
             (folder / name).unlink(missing_ok=True)
@@ -103,8 +104,8 @@ def _download(args: argparse.Namespace, folder: Path) -> None:
         (folder / "original_repo_id.json").write_text(json.dumps({"repo_id": args.repo_id}))
 
 
-def _wanted(sizes: dict[str, int], ignore: list[str] | None) -> dict[str, int]:
-    """Return name -> bytes of the files to take, and print what is left out."""
+def _wanted(sizes: _Sizes, ignore: list[str] | None) -> _Sizes:
+    """Return the files to take, and print which are left out."""
     if bad := [name for name in sizes if name.startswith("/") or ".." in name.split("/")]:
         raise CheckpointError("the repository has files that would lie outside the folder", bad)
     patterns = [each.strip() for each in ",".join(ignore or []).split(",")]
@@ -115,13 +116,13 @@ def _wanted(sizes: dict[str, int], ignore: list[str] | None) -> dict[str, int]:
     wanted = {name: size for name, size in sizes.items() if name not in skipped}
     if skipped:
         print(f"Leaving out {', '.join(skipped)}{why}")
-    print(f"{len(wanted)} files, {_gib(sum(wanted.values()))}")
+    print(f"{len(wanted)} files, {_gib(_bytes(wanted, wanted))}")
     return wanted
 
 
-def _check_space(wanted: dict[str, int], folder: Path) -> None:
+def _check_space(wanted: _Sizes, folder: Path) -> None:
     """Raise a ResourceError if what is still to come does not fit on the disk."""
-    to_come = sum(wanted[name] for name in _missing(wanted, folder))
+    to_come = _bytes(wanted, _missing(wanted, folder))
     disk = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.is_dir())
     free = shutil.disk_usage(disk).free
     if to_come > free:
@@ -168,14 +169,14 @@ def _failure(repo_id: str, error: Exception) -> TuneError:
         return ResourceError(f"the disk is full: make room, {_AGAIN}")
     if isinstance(error, OSError) and error.filename:
         return ResourceError(f"{error.strerror}: {error.filename}")
-    return ResourceError(f"{repo_id} cannot be reached: {text}; once it can, {_AGAIN}")
+    return ResourceError(f"{repo_id} could not be downloaded: {text}; with a network {_AGAIN}")
 
 
 def _next_command(name: str, folder: Path) -> str:
     """Return a `tune run` line for the model, with a config that names it if there is one."""
     mention = re.compile(rf"(?:/|asset:){re.escape(name)}(?![\w.-])")
     found = [c for c in registry.configs() if mention.search(registry.config_path(c).read_text())]
-    config = next((c for c in found if c.endswith("lora_single_device")), "CONFIG")
+    config = next((c for c in found if c.endswith("lora_single_device")), "<one of `tune ls`>")
     tokenizer = next((each for each in _TOKENIZERS if (folder / each).is_file()), _TOKENIZERS[-1])
     return (
         f"tune run lora_finetune_single_device --config {config}"
@@ -183,10 +184,15 @@ def _next_command(name: str, folder: Path) -> str:
     )
 
 
-def _missing(wanted: dict[str, int], folder: Path) -> list[str]:
+def _missing(wanted: _Sizes, folder: Path) -> list[str]:
     """Return the files that are not there in their full size."""
     files = {name: folder / name for name in wanted}
-    return [n for n, f in files.items() if not f.is_file() or f.stat().st_size != wanted[n]]
+    there = {name: file.stat().st_size for name, file in files.items() if file.is_file()}
+    return [n for n in wanted if n not in there or wanted[n] not in (None, there[n])]
+
+
+def _bytes(sizes: _Sizes, names: Iterable[str]) -> int:
+    return sum(sizes[name] or 0 for name in names)
 
 
 def _gib(size: int) -> str:

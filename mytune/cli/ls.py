@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
-from mytune.errors import ConfigError, did_you_mean
 
 
 def parser() -> Parser:
@@ -15,13 +14,10 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     wanted = parser().parse_args(argv).recipe
-    names = [recipe.name for recipe in registry.RECIPES]
-    if wanted is not None and wanted not in names:
-        raise ConfigError(
-            f"there is no recipe {wanted!r} (`tune ls` lists them){did_you_mean(wanted, names)}"
-        )
+    if wanted is not None and wanted not in registry.RECIPES:
+        raise registry.unknown("recipe", wanted, registry.RECIPES)
     rows = [("RECIPE", "CONFIG")]
-    for recipe in registry.RECIPES:
+    for recipe in registry.RECIPES.values():
         if wanted in (None, recipe.name) and recipe.file.is_file():
             first, *more = recipe.configs() or ["<>"]
             rows += [(recipe.name, first), *(("", config) for config in more)]

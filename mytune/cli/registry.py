@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -28,26 +29,30 @@ class Recipe(NamedTuple):
     def file(self) -> Path:
         return ROOT / "recipes" / self.file_name
 
+    def owns(self, config: str) -> bool:
+        return any(fnmatchcase(config, pattern) for pattern in self.patterns)
+
     def configs(self) -> list[str]:
-        return [name for name in configs() if any(fnmatchcase(name, p) for p in self.patterns)]
+        return [name for name in configs() if self.owns(name)]
 
 
 # A name that ends in _distributed runs under torchrun.
-RECIPES = [
-    Recipe(
+_ROWS = [
+    (
         "full_finetune_single_device",
         "finetune.py",
         ("*/*_full_single_device", "*/full_single_device"),
     ),
-    Recipe("full_finetune_distributed", "finetune.py", ("*/*_full",)),
-    Recipe(
+    ("full_finetune_distributed", "finetune.py", ("*/*_full",)),
+    (
         "lora_finetune_single_device",
         "finetune.py",
         ("*/*_*lora_single_device", "*/*_*dora_single_device", "*/lora_single_device"),
     ),
-    Recipe("lora_finetune_distributed", "finetune.py", ("*/*_*lora", "*/*_*dora")),
-    Recipe("generate", "generate.py", ("generation", "*/generation")),
+    ("lora_finetune_distributed", "finetune.py", ("*/*_*lora", "*/*_*dora")),
+    ("generate", "generate.py", ("generation", "*/generation")),
 ]
+RECIPES = {row[0]: Recipe(*row) for row in _ROWS}
 
 
 def configs() -> list[str]:
@@ -61,45 +66,46 @@ def config_path(name: str) -> Path:
 
 
 def named_recipe(name: str) -> Recipe | None:
-    return next((recipe for recipe in RECIPES if recipe.name == name), None)
+    return RECIPES.get(name)
 
 
 def recipe_of(config: str) -> Recipe | None:
     """Return the recipe that the config called `config` belongs to."""
-    return next((r for r in RECIPES if any(fnmatchcase(config, p) for p in r.patterns)), None)
+    return next((recipe for recipe in RECIPES.values() if recipe.owns(config)), None)
+
+
+def unknown(kind: str, name: str, names: Iterable[str]) -> ConfigError:
+    """Return the error for a name that is not one of `names`, with the nearest of them."""
+    near = did_you_mean(name, names)
+    return ConfigError(f"there is no {kind} {name!r} (`tune ls` lists them){near}")
 
 
 def find_recipe(name: str) -> Path:
     """Return the file of a recipe's name, or of a path with or without `.py`."""
-    if recipe := named_recipe(name):
-        return recipe.file
+    if name in RECIPES:
+        return RECIPES[name].file
     for path in (Path(name), Path(f"{name}.py")):
         if path.suffix == ".py" and path.is_file():
             return path.resolve()
     if name.endswith(".py"):
         raise ConfigError(f"there is no file {name}")
-    names = [recipe.name for recipe in RECIPES]
-    raise ConfigError(
-        f"there is no recipe {name!r} (`tune ls` lists them){did_you_mean(name, names)}"
-    )
+    raise unknown("recipe", name, RECIPES)
 
 
 def find_config(name: str) -> Path:
     """Return the file of a config's name, or of a path."""
-    names = configs()
-    if name in names:
+    if name in configs():
         return config_path(name)
     path = Path(name)
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml"):
         raise ConfigError(
-            f"there is no file {name}{did_you_mean(str(path.with_suffix('')), names)}"
+            f"there is no file {name}{did_you_mean(str(path.with_suffix('')), configs())}"
         )
-    hint = did_you_mean(name, names)
-    if named_recipe(name):
-        hint = f"; it is a recipe, and `tune ls {name}` lists its configs"
-    raise ConfigError(f"there is no config {name!r} (`tune ls` lists them){hint}")
+    if name in RECIPES:
+        raise ConfigError(f"{name} is a recipe: `tune ls {name}` lists its configs")
+    raise unknown("config", name, configs())
 
 
 def recipe_for(config: str) -> Path:
@@ -113,5 +119,5 @@ def recipe_for(config: str) -> Path:
     from mytune.config import read_config
 
     file = find_config(config)
-    recipes = dict.fromkeys(recipe.file for recipe in RECIPES if recipe.file.is_file())
+    recipes = dict.fromkeys(each.file for each in RECIPES.values() if each.file.is_file())
     return min(recipes, key=lambda recipe: len(read_config(recipe, file).problems))

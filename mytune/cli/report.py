@@ -87,9 +87,8 @@ def _environment(error: Exception) -> ResourceError | None:
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("mytune"):
         return ResourceError(f"the package {error.name!r} is not installed: pip install it")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-        return ResourceError(
-            f"out of memory: {_first_line(error)}; a smaller batch_size needs less"
-        )
+        why = _first_line(error)
+        return ResourceError(f"out of memory: {why}; a smaller batch_size needs less")
     return None
 
 
@@ -102,15 +101,18 @@ def _bug(error: Exception, trace: str) -> TuneError:
 
     frames = traceback.extract_tb(error.__traceback__)
     libraries = (sys.prefix, sys.base_prefix, "<")
+    mine = (_PACKAGE, str(ROOT / "recipes"))
     near = [
-        f for f in frames if f.filename.startswith(_PACKAGE) or not f.filename.startswith(libraries)
+        frame
+        for frame in frames
+        if frame.filename.startswith(mine) or not frame.filename.startswith(libraries)
     ]
     last = (near or frames)[-1]
-    ours = last.filename.startswith((_PACKAGE, str(ROOT / "recipes")))
+    whose = "a bug of mytune" if last.filename.startswith(mine) else "a bug"
     with tempfile.NamedTemporaryFile("w", prefix="mytune-", suffix=".txt", delete=False) as file:
         file.write(trace)
     return TuneError(
-        f"{'a bug of mytune' if ours else 'a bug'}: {type(error).__name__}: {_first_line(error)}"
+        f"{whose}: {type(error).__name__}: {_first_line(error)}"
         f" ({last.filename}:{last.lineno}); the traceback is in {file.name}, --debug prints it"
     )
 

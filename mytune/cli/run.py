@@ -40,22 +40,9 @@ def parser() -> Parser:
         epilog="It runs in this process, or under torchrun: if torchrun's options are given, before"
         " RECIPE (`torchrun --help`), or RECIPE ends in _distributed (then one process per GPU).",
     )
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="a recipe that `tune ls` lists, or a Python file"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="sets a key; ~key removes one"
-    )
-    parser.add_argument(
-        "--config", metavar="CONFIG", help="a config that `tune ls` lists, or a YAML file"
-    )
-    parser.add_argument(
-        "--allow-component",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="let the config name components of this package; repeatable",
-    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a name of `tune ls`, or a Python file")
+    parser.add_argument("--config", metavar="CONFIG", help="a name of `tune ls`, or a YAML file")
+    parser.add_config_arguments()
     return parser
 
 
@@ -83,7 +70,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         name = name.replace("_", "-")
         if name in _OURS:
             raise ConfigError(
-                f"torchrun's {name} has no place here: `tune run` starts the recipe itself"
+                f"torchrun's {name} cannot be used: `tune run` starts the recipe itself"
             )
         alone = equals or name in _SWITCHES or name in ("-h", "--help")
         at += 1 if alone else 2
@@ -153,6 +140,7 @@ def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
     same = getattr(caller, "__file__", None) and os.path.samefile(str(caller.__file__), file)
 
     def work() -> int:
+        _prepare_torch()
         job = parse(words)
         loaded = load(job)
         tell(loaded)

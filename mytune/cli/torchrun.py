@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from mytune.cli.report import DEBUG
 from mytune.cli.worker import FOLDER, first_failure
@@ -38,9 +39,10 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    args = run.get_args_parser().parse_args(
-        [*_defaults(options), *options, "-m", "mytune.cli.worker", *words]
-    )
+    launcher = run.get_args_parser()
+    launcher.error = _refuse  # type: ignore[method-assign]
+    worker = ["-m", "mytune.cli.worker", *words]
+    args = launcher.parse_args([*_defaults(options), *options, *worker])
     _share_cores(args.nproc_per_node, run.determine_local_world_size)
     with tempfile.TemporaryDirectory(prefix="mytune-") as name, _quiet():
         folder = Path(name)
@@ -60,12 +62,18 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
     return code
 
 
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"torchrun's options: {message}; `torchrun --help` lists them")
+
+
 def _defaults(options: Sequence[str]) -> list[str]:
     """Return the options that we choose where the user did not."""
     import torch
 
     given = {option.partition("=")[0].replace("_", "-") for option in options}
-    chosen = ["--signals-to-handle=SIGHUP,SIGQUIT"]  # SIGTERM and SIGINT are passed on by us
+    # SIGTERM and SIGINT are passed on by us; under nohup, SIGHUP stays ignored.
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    chosen = [f"--signals-to-handle={'' if ignored else 'SIGHUP,'}SIGQUIT"]
     if "--nproc-per-node" not in given:
         chosen.append(f"--nproc-per-node={torch.cuda.device_count() or 1}")
     if not any(each.startswith(("--rdzv", "--master", "--node", "--nnodes")) for each in given):
@@ -79,9 +87,8 @@ def _share_cores(processes: str, count: Callable[[str], int]) -> None:
         number = count(processes)
     except ValueError as error:
         raise ConfigError(f"--nproc-per-node {processes}: {error}") from None
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    linux = sys.platform == "linux"
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, number))))
 
 

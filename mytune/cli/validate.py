@@ -12,20 +12,9 @@ def parser() -> Parser:
         description="Check a config: keys and types, components' arguments, input files.",
         epilog="A file is checked against the recipe that it fits best, unless --recipe names one.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="a config's name, or a YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="as for `tune run`; also ~key"
-    )
-    parser.add_argument(
-        "--recipe", metavar="RECIPE", help="the recipe that the config is for: a name or a file"
-    )
-    parser.add_argument(
-        "--allow-component",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="let the config name components of this package; repeatable",
-    )
+    parser.add_argument("config", metavar="CONFIG", help="a name of `tune ls`, or a YAML file")
+    parser.add_argument("--recipe", metavar="RECIPE", help="what CONFIG is for: a name or a file")
+    parser.add_config_arguments()
     return parser
 
 

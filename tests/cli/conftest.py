@@ -40,9 +40,13 @@ class Config:
     batch_size: int = 2
 
 
+def say(text: str) -> None:
+    os.write(1, f"{text}\\n".encode())  # in one piece: ranks share the pipe
+
+
 def main(cfg: Config) -> int | None:
     rank, ranks = int(os.environ.get("RANK", 0)), os.environ.get("WORLD_SIZE", "1")
-    print(f"rank {rank} of {ranks}: {cfg.output_dir} {cfg.batch_size}", flush=True)
+    say(f"rank {rank} of {ranks}: {cfg.output_dir} {cfg.batch_size}")
     match cfg.end:
         case "code":
             return 6
@@ -59,7 +63,7 @@ def main(cfg: Config) -> int | None:
         case "stopped":
             stop = []
             signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-            print("waiting", flush=True)
+            say("waiting")
             while not stop:
                 time.sleep(0.05)
             time.sleep(rank)

@@ -81,6 +81,8 @@ def test_all_problems_are_reported_before_the_recipe_is_imported(tune, root):
         (["lora_finetune_single_device"], f"--config is missing: a YAML file, or one of {NAME}"),
         ([*LORA, "--nproc_per_node", "2"], "torchrun's options come before the recipe"),
         ([*LORA, "--batch-size=2"], "settings are key=value"),
+        (["--no_such_option=1", *LORA], "torchrun's options: unrecognized arguments: --no_such"),
+        (["--nproc_per_node", "many", *LORA], "--nproc-per-node many: Unsupported"),
         (["-m", *LORA], "`tune run` starts the recipe itself"),
         ([], "the following arguments are required: RECIPE"),
         (["full_finetune_single_device", "--config"], "expected one argument"),
