@@ -11,6 +11,7 @@ Copy it with `tune cp lora_finetune_single_device my_recipe.py` and change what 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -177,7 +178,7 @@ def main(cfg: Config) -> None:
         tokenizer = instantiate(cfg.tokenizer)
         loader = make_loader(cfg, instantiate(cfg.dataset, tokenizer), tokenizer, seed)
         val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
-        run = identity(cfg, loader, seed)
+        run = identity(cfg, loader, tokenizer, seed)
         check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
 
@@ -309,10 +310,14 @@ def as_list(one_or_many: Any) -> list[Any]:
     return one_or_many if isinstance(one_or_many, list) else [one_or_many]
 
 
-def identity(cfg: Config, loader: BatchLoader, seed: int) -> dict[str, Any]:
-    """Return what makes a run this run: step n means the same as long as these are the same."""
+def identity(
+    cfg: Config, loader: BatchLoader, tokenizer: ModelTokenizer, seed: int
+) -> dict[str, Any]:
+    """Return what makes a run this run; every checkpoint of it says so."""
     return {
         "seed": seed,
+        "config_hash": hashlib.sha256(config_yaml(cfg).encode()).hexdigest(),
+        "tokenizer": tokenizer.fingerprint,
         "data": loader.dataset.fingerprint,
         "steps_per_epoch": loader.steps_per_epoch,
         "rows_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * world_size(),
@@ -423,7 +428,7 @@ def save(
         adapter_config=adapter_config(model),
         tensors=tensors,
         state={"seed": run["seed"], "optimizer": optimizer_json, "run": run},
-        run=run,
+        run={**run, "samples_seen": step * run["rows_per_step"]},
     )
 
 

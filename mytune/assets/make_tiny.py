@@ -75,6 +75,12 @@ device: cpu
 dtype: fp32
 """
 EPOCHS = 2
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 GENERATION = {key: CONFIG[key] for key in ("bos_token_id", "eos_token_id")}
 
 
@@ -141,7 +147,7 @@ def publish(trained: Path, target: Path) -> None:
     weights = {k: v.bfloat16() for k, v in load_file(trained / "model.safetensors").items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "bfloat16"}, indent=2))
-    for name in ("generation_config.json", "tokenizer.model"):
+    for name in COMPANIONS:
         (target / name).write_bytes((trained / name).read_bytes())
 
 

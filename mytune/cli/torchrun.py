@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from mytune.cli.report import DEBUG
-from mytune.cli.worker import FOLDER, first_failure
+from mytune.cli.worker import FOLDER, first_failure, running
 from mytune.errors import ConfigError, TuneError
 
 
@@ -54,12 +54,16 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
             failure = error.get_first_failure()
         except SignalException as error:
             return 128 + error.sigval
-        code, text = first_failure(folder)
+        code, text = first_failure(_last_attempt(folder))
     if failure and not code:
         raise RankDied(failure[0], failure[1].exitcode)
     if text:
         print(text, file=sys.stderr)
     return code
+
+
+def _last_attempt(folder: Path) -> Path:
+    return max(folder.iterdir(), key=lambda each: int(each.name), default=folder)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -124,7 +128,7 @@ def _pass_signals_on(folder: Path) -> Iterator[None]:
     asked: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        workers = [int(file.stem) for file in folder.glob("*.pid")]
+        workers = running(_last_attempt(folder))
         if asked or not workers:
             raise SystemExit(128 + number)
         asked.append(number)

@@ -90,7 +90,7 @@ class ProgressBar:
 
     def _is_due(self, step: int) -> bool:
         return (
-            step in (self.done + 1, self.total)
+            step == self.total
             or time.monotonic() - self._last_time >= self.every_seconds
             or step - self._last_step >= self.total / 20
         )

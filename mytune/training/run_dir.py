@@ -16,6 +16,7 @@ from typing import Any
 from mytune.errors import DirectoryInUseError, ResourceError
 from mytune.training.checkpointing.files import told_size
 from mytune.training.checkpointing.publish import MANIFEST, candidates, clean_up, remove
+from mytune.training.distributed import rank
 
 log = logging.getLogger("mytune")
 
@@ -35,6 +36,9 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
     """
     directory = Path(path)
     lock = directory / LOCK
+    if rank() != 0:
+        yield directory
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(lock)
@@ -152,7 +156,7 @@ def refuse_other_run(
     directory = Path(path)
     checkpoints = [c.path for c in candidates(directory) if (c.path / MANIFEST).is_file()]
     files = [directory / name for name in _RESULTS if (directory / name).is_file()]
-    if resume or not (checkpoints or files):
+    if rank() != 0 or resume or not (checkpoints or files):
         return
     read = [Path(each).resolve() for each in inputs]
     needed = [str(c) for c in checkpoints if any(r.is_relative_to(c.resolve()) for r in read)]

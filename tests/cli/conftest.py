@@ -59,6 +59,8 @@ def main(cfg: Config) -> int | None:
                 raise NumericalError("the loss is nan")
             time.sleep(60)
         case "killed":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(2 if rank == 1 else 60)
             os.kill(os.getpid(), signal.SIGKILL)
         case "stopped":
             stop = []

@@ -39,7 +39,7 @@ def test_a_config_is_short_and_says_how_to_run_it(name):
 def test_every_config_builds_its_model(name):
     with torch.device("meta"):
         model = instantiate(load(name).values()["model"])
-    size = {"1B": 1.2e9, "3B": 3.2e9, "8B": 8e9, "70B": 70e9}[name.split("/")[1].split("_")[0]]
+    size = {"1B": 1.24e9, "3B": 3.21e9, "8B": 8.03e9, "70B": 70.6e9}[name.split("/")[1].split("_")[0]]
     from mytune.training import count_parameters
 
     total, trained = count_parameters(model)

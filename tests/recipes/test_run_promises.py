@@ -1,4 +1,4 @@
-"""What a run promises: exact resume, nothing lost, numbers checked, signals obeyed, one run a folder."""
+"""What a run promises: exact resume, nothing lost, finite numbers, signals, one run a folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCHEDULE = {
 
 
 def files_of(folder):
-    """Everything that two equal checkpoints share: names and bytes of weights and of recipe state."""
+    """Return the tensors that two equal checkpoints share: weights, adapter, optimizer."""
     names = [p for p in Path(folder).rglob("*") if p.suffix == ".safetensors"]
     return {str(p.relative_to(folder)): load_file(p) for p in names}
 
@@ -120,9 +120,9 @@ def test_r6_numbers_that_are_not_finite_stop_the_run(run, config, capsys, monkey
 
     def poison(self, *args, **kwargs):
         step(self, *args, **kwargs)
-        if poisoned := self.state and list(self.state.values())[0]["step"] == 2:
-            self.param_groups[0]["params"][0].data[0] = float("nan")
-        return poisoned
+        parameter = self.param_groups[0]["params"][0]
+        if self.state[parameter]["step"] == 2:
+            parameter.data[0] = float("nan")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", poison)
     run(config, code=6)
