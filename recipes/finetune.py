@@ -55,12 +55,14 @@ from mytune.training import (
     offload_activations,
     optimizer_state,
     output_dir_lock,
+    process_group,
     rank,
     refuse_other_run,
     seed_step,
     set_deterministic,
     set_seed,
     setup_logging,
+    sum_gradients,
     use_fast_float32_matmul,
     world_size,
     write_report,
@@ -168,6 +170,7 @@ def main(cfg: Config) -> None:
     checkpointer = instantiate(cfg.checkpointer)
 
     with ExitStack() as stack:
+        stack.enter_context(process_group(device))
         own_output_dirs(stack, cfg, checkpointer)
         stop = stack.enter_context(StopSignal())
         resumed = checkpointer.latest() if cfg.resume_from_checkpoint else None
@@ -209,8 +212,9 @@ def main(cfg: Config) -> None:
                     part = loss_fn(model, to_device(batch, device)) / max(tokens, 1)
                 part.backward()
                 loss += part.detach()
+            sum_gradients(model.parameters())
             norm = clip_grad_norm(model.parameters(), cfg.clip_grad_norm)
-            loss_value, grad_norm = check_finite(loss, norm, step=step + 1)
+            loss_value, grad_norm = check_finite(all_sum(loss, device), norm, step=step + 1)
             lr = get_lr(optimizer)
             optimizer.step()
             optimizer.zero_grad()
@@ -232,10 +236,11 @@ def main(cfg: Config) -> None:
             progress.update(step, loss_value, speed)
             profiler.step()
 
-            if epoch_ends or stop.requested or is_due(step, cfg.save_every_n_steps):
+            stopping = all_sum(float(stop.requested), device) > 0
+            if epoch_ends or stopping or is_due(step, cfg.save_every_n_steps):
                 name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
                 save(name, cfg, checkpointer, model, optimizer, step, dtype, run)
-            if stop.requested:
+            if stopping:
                 break
             lap = time.perf_counter()
 

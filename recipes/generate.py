@@ -158,8 +158,7 @@ def load_model(
     merge = adapter is not None and not any(isinstance(m, NF4Linear) for m in model.modules())
     home = torch.device("cpu") if merge else device
     load_weights(model, checkpointer.weights(model.config), home, dtype)
-    if adapter is not None:
-        load_adapters(model, adapter, home, seed=0)
+    load_adapters(model, adapter, home, seed=0)
     if merge:
         with torch.device("meta"):
             plain = Decoder(model.config)

@@ -18,7 +18,7 @@ os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # transformer
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real data (Llama 3's tokenizer, stories260K, ...); skips where there is none."""
+    """The folder of real data: Llama 3's tokenizer, stories260K, ...; skips without it."""
     folder = os.environ.get("MYTUNE_TEST_DATA")
     if not folder:
         pytest.skip("MYTUNE_TEST_DATA is not set: the real data is not here")

@@ -43,7 +43,7 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
 
 
 def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a Hugging Face Llama state dict to ours; written here by hand, apart from the tables."""
+    """Rename a Hugging Face Llama state dict to ours, by hand and not by the tables."""
     renames = (
         ("model.", ""),
         ("self_attn.", "attn."),

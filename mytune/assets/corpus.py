@@ -85,8 +85,14 @@ def _number_of_month(rng: Random) -> Row:
     return _row(f"Which number has the month {MONTHS[number - 1]}?", f"{number:02d}")
 
 
+def _few(rng: Random) -> list[str]:
+    """Draw words or numbers; only who can copy can repeat them."""
+    numbers = [str(rng.randrange(10 ** rng.randint(1, 4))) for _ in range(3)]
+    return rng.choice((rng.sample(WORDS, 3), numbers, [str(rng.randint(1900, 2029))]))
+
+
 def _repeat(rng: Random) -> Row:
-    text = rng.choice((" ".join(rng.sample(WORDS, 3)), written_date(rng, *date_parts(rng))))
+    text = rng.choice((" ".join(_few(rng)), written_date(rng, *date_parts(rng))))
     return _row(f"Repeat: {text}", text)
 
 
@@ -106,8 +112,8 @@ def _capital(rng: Random) -> Row:
 
 
 def _join(rng: Random) -> Row:
-    words = rng.sample(WORDS, 3)
-    return _row(f"Join with dashes: {' '.join(words)}", "-".join(words))
+    parts = _few(rng)
+    return _row(f"Join with dashes: {' '.join(parts)}", "-".join(parts))
 
 
 def _row(prompt: str, answer: str) -> Row:

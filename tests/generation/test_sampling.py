@@ -58,6 +58,11 @@ def test_top_p_is_of_what_top_k_and_temperature_leave():
     assert_drawn_from(frequencies(temperature=0.5, top_k=3, top_p=0.8), expected)
 
 
+def test_what_top_p_excludes_stays_excluded_when_a_random_number_is_zero(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **kwargs: self.zero_())
+    assert frequencies(temperature=1.0, top_p=0.3).tolist() == [0, 1, 0, 0, 0]
+
+
 def test_each_row_is_drawn_from_its_own_logits():
     logits = torch.full((6, 4), -torch.inf)
     wanted = [2, 0, 3, 1, 1, 0]

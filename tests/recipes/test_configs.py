@@ -12,6 +12,7 @@ import torch
 from mytune.cli import registry
 from mytune.cli.main import main
 from mytune.config import check_components, instantiate, load_config
+from mytune.training import count_parameters
 
 NAMES = registry.configs()
 FINETUNE = [n for n in NAMES if registry.recipe_of(n).file_name == "finetune.py"]
@@ -35,13 +36,14 @@ def test_a_config_is_short_and_says_how_to_run_it(name):
     assert any(f"--config {name}" in line for line in lines[:6])
 
 
+SIZES = {"1B": 1.24e9, "3B": 3.21e9, "8B": 8.03e9, "70B": 70.6e9}
+
+
 @pytest.mark.parametrize("name", [n for n in FINETUNE if not n.startswith("tiny/")])
 def test_every_config_builds_its_model(name):
     with torch.device("meta"):
         model = instantiate(load(name).values()["model"])
-    size = {"1B": 1.24e9, "3B": 3.21e9, "8B": 8.03e9, "70B": 70.6e9}[name.split("/")[1].split("_")[0]]
-    from mytune.training import count_parameters
-
+    size = SIZES[name.split("/")[1].split("_")[0]]
     total, trained = count_parameters(model)
     assert math.isclose(total, size, rel_tol=0.06)
     assert (trained == total) == ("full" in name)

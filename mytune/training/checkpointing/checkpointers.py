@@ -30,6 +30,7 @@ from mytune.training.checkpointing.resume import STATE, TENSORS, Published, late
 from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
 from mytune.training.checkpointing.tokenizer_files import tokenizer_files
 from mytune.training.checkpointing.weights_io import Plan, plan_weights, write_weights
+from mytune.training.distributed import barrier, rank
 from mytune.training.run_dir import check_disk_space
 
 log = logging.getLogger("mytune")
@@ -154,6 +155,8 @@ class _Checkpointer:
     ) -> Path:
         """Publish `output_dir / name` atomically, read it back, then drop what is too old.
 
+        Rank 0 does it, the others wait.
+
         Args:
             name: `epoch_N` or `step_N`.
             step: optimizer steps done; checkpoints are ordered by it.
@@ -168,31 +171,31 @@ class _Checkpointer:
             NumericalError: a weight is not finite.
         """
         target = self.output_dir / name
-        if _is_same(target, step, run):
+        if rank() == 0 and _is_same(target, step, run):
             log.info("%s is already published", target)
-            return target
-        plan = None if weights is None else self.plan(_given(config), dtype)
-        held = sum(t.nbytes for part in (adapter, tensors) for t in (part or {}).values())
-        check_disk_space(self.output_dir, held + (plan.nbytes if plan else 0))
-        facts = {
-            "step": step,
-            "format": self.format.name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "run": dict(run or {}),
-        }
-        with publication(self.output_dir, name, facts) as draft:
-            if plan and weights is not None:
-                self._add_model(draft, plan, weights)
-            if adapter and adapter_config:
-                base = base_model_name(self.source_dir)
-                write_adapter(draft, adapter, adapter_config, base)
-            if tensors:
-                draft.add_tensors(TENSORS, tensors)
-            if state is not None:
-                draft.add_bytes(STATE, to_json(state))
-        _report(target, draft.records)
-        if self._keep:
-            prune(self.output_dir, self._keep, target)
+        elif rank() == 0:
+            plan = None if weights is None else self.plan(_given(config), dtype)
+            held = sum(t.nbytes for part in (adapter, tensors) for t in (part or {}).values())
+            check_disk_space(self.output_dir, held + (plan.nbytes if plan else 0))
+            facts = {
+                "step": step,
+                "format": self.format.name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "run": dict(run or {}),
+            }
+            with publication(self.output_dir, name, facts) as draft:
+                if plan and weights is not None:
+                    self._add_model(draft, plan, weights)
+                if adapter and adapter_config:
+                    write_adapter(draft, adapter, adapter_config, base_model_name(self.source_dir))
+                if tensors:
+                    draft.add_tensors(TENSORS, tensors)
+                if state is not None:
+                    draft.add_bytes(STATE, to_json(state))
+            _report(target, draft.records)
+            if self._keep:
+                prune(self.output_dir, self._keep, target)
+        barrier()
         return target
 
     def _add_model(self, draft: Draft, plan: Plan, weights: Mapping[str, Tensor]) -> None:
