@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from mytune.assets.corpus import Row, instructions, iso_dates, story
 from mytune.tokenizers.llama3 import PATTERN
 
 BASE_VOCABULARY = 768
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 128,

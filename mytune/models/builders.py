@@ -83,12 +83,11 @@ def builders(name: str, sizes: DecoderConfig | SizeFunction) -> tuple[Builder, B
         sizes: a row, or a function that makes one; the builders then take its arguments
             too, the LoRA builders by keyword.
     """
-    make = (lambda: sizes) if isinstance(sizes, DecoderConfig) else sizes
-    what = (
-        _describe(sizes)
-        if isinstance(sizes, DecoderConfig)
-        else getattr(sizes, "func", sizes).__doc__
-    )
+    make: SizeFunction
+    if isinstance(sizes, DecoderConfig):
+        make, what = (lambda: sizes), _describe(sizes)
+    else:
+        make, what = sizes, getattr(sizes, "func", sizes).__doc__
 
     def build(*args: Any, **kwargs: Any) -> Decoder:
         return Decoder(make(*args, **kwargs))

@@ -137,10 +137,11 @@ class Attention(nn.Module):
     def _one_query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with one query [b, h, 1, e]: a group's heads are rows of one product.
 
-        No key or value is repeated, which made a bfloat16 step of 300 keys 5 times as fast on a CPU.
+        No key or value is repeated: at 300 keys in bfloat16 a CPU is 5 times as fast.
         """
         rows = q.view(q.shape[0], k.shape[1], -1, self.head_dim)
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape[0], 1, -1)
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+        return out.reshape(q.shape[0], 1, -1)
 
 
 class MLP(nn.Module):

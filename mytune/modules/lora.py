@@ -43,6 +43,8 @@ class _LoRA(nn.Module):
     Adapters are float32 whatever the weight is: bfloat16 would round small updates away.
     """
 
+    in_features: int
+    out_features: int
     lora: LoRAConfig
     lora_A: nn.Linear
     lora_B: nn.Linear
@@ -50,11 +52,12 @@ class _LoRA(nn.Module):
 
     def add_adapter(self, lora: LoRAConfig) -> None:
         """Give an adopted linear its adapters, uninitialised, on the device of its weight."""
-        new = {"bias": False, "device": next(self.parameters()).device, "dtype": torch.float32}
+        device = next(self.parameters()).device
+        linear = partial(nn.Linear, bias=False, device=device, dtype=torch.float32)
         self.lora = lora
-        self.lora_A = nn.Linear(self.in_features, lora.rank, **new)
-        self.lora_B = nn.Linear(lora.rank, self.out_features, **new)
-        magnitude = torch.empty(self.out_features, device=new["device"]) if lora.use_dora else None
+        self.lora_A = linear(self.in_features, lora.rank)
+        self.lora_B = linear(lora.rank, self.out_features)
+        magnitude = torch.empty(self.out_features, device=device) if lora.use_dora else None
         self.lora_magnitude_vector = None if magnitude is None else nn.Parameter(magnitude)
 
     def delta(self) -> Tensor:
@@ -95,7 +98,10 @@ _ADAPTED: dict[type[nn.Module], type[_LoRA]] = {nn.Linear: LoRALinear, NF4Linear
 
 def base_weight(module: nn.Module) -> Tensor:
     """Return the full-precision weight [out, in] of a linear, dequantized if need be."""
-    return module.dequantize() if isinstance(module, NF4Linear) else module.weight
+    if isinstance(module, NF4Linear):
+        return module.dequantize()
+    assert isinstance(module.weight, Tensor)
+    return module.weight
 
 
 def apply_lora(model: nn.Module, lora: LoRAConfig) -> None:

@@ -62,7 +62,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
         labels: [n], all of them valid ids.
         chunk: rows whose logits are held at a time.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
 
 
 class LinearCrossEntropyLoss:

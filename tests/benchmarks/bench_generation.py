@@ -1,4 +1,4 @@
-"""Greedy continuation of a prompt of 64 ids by 64 more, batch 1, on the same random Llama: mytune,
+"""Greedy continuation of a prompt of 64 ids by 64 more, batch 1, on the same random Llamas: mytune,
 torchtune with its KV cache, transformers. In float32 all must give the same ids. They run at once
 and take turns, one text each; times are CPU seconds where there is one thread. Tokens per second
 count new tokens over prefill and decoding together.
@@ -27,7 +27,7 @@ def measure(quick: bool) -> list[Row]:
     """Return a row per shape, dtype and library."""
     if not TORCHTUNE_PYTHON:
         print(NO_TORCHTUNE)
-    turns = 3 if quick else 9
+    turns = 3 if quick else 7
     shapes = ["wide"] if quick else list(SHAPES)
     found: list[Row] = []
     for shape, dtype in product(shapes, DTYPES):

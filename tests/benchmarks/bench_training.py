@@ -1,6 +1,7 @@
 """Optimizer steps over the same random Llama, the same rows and the same settings by mytune's
 recipe, by torchtune's and by a plain transformers (and peft) loop: batch 4, AdamW, no activation
-checkpointing, no compile. `torchtune` is its recipe as it is configured for Llama 3;
+checkpointing, no compile. `wide` is 70 M parameters with Llama 3's vocabulary of 128,256, `deep`
+34 M with 8 blocks and a vocabulary of 8,192. `torchtune` is its recipe as it is configured for Llama 3;
 `torchtune, whole logits` the same with `torch.nn.CrossEntropyLoss`. The losses of all must agree,
 step by step. All run at once and take turns, one step each; times are CPU seconds where there is
 one thread. Tokens exclude padding. Memory is the most that the whole process held.
@@ -76,7 +77,8 @@ def measure_case(folder: Path, shape: str, method: str, dtype: str, turns: int) 
     write_rows(rows, BATCH_SIZE * (turns + WARM_UP + 2), SHAPES[shape].vocab_size)
     lengths = [len(tokens) for tokens, _ in read_rows(str(rows))]
     answers = take_turns(commands(folder, SHAPES[shape], method, dtype), folder, turns, WARM_UP)
-    check_losses(answers, TOLERANCE[dtype])
+    differences = loss_differences(answers)
+    assert max(differences.values()) <= TOLERANCE[dtype], differences  # else times mean nothing
     steps = [sum(lengths[i : i + BATCH_SIZE]) for i in range(0, len(lengths), BATCH_SIZE)]
     tokens = steps[1 + WARM_UP : 1 + WARM_UP + turns]
     seconds = {name: [turn["seconds"] for turn in said[1:]] for name, said in answers.items()}
@@ -91,21 +93,17 @@ def measure_case(folder: Path, shape: str, method: str, dtype: str, turns: int) 
             ),
             "mytune is x times as fast": median_ratio(seconds["mytune"], seconds[name]),
             "peak MB": said[-1]["peak"] / 1e6,
-            "first loss": said[0]["loss"],
+            "losses differ by": differences[name],
         }
 
 
-def check_losses(answers: dict[str, list[Row]], tolerance: float) -> None:
-    """Demand that all peers computed the same, step by step.
-
-    Raises:
-        AssertionError: they did not, and their times mean nothing.
-    """
+def loss_differences(answers: dict[str, list[Row]]) -> dict[str, float]:
+    """Return how far each peer's losses are from mytune's, relative, at the worst step."""
     expected = [turn["loss"] for turn in answers["mytune"]]
-    for name, said in answers.items():
-        losses = [turn["loss"] for turn in said]
-        pairs = zip(losses, expected, strict=True)
-        assert all(abs(a - b) <= tolerance * b for a, b in pairs), (name, losses, expected)
+    return {
+        name: max(abs(turn["loss"] - b) / b for turn, b in zip(said, expected, strict=True))
+        for name, said in answers.items()
+    }
 
 
 def commands(folder: Path, shape: Shape, method: str, dtype: str) -> dict[str, Sequence[str]]:

@@ -31,7 +31,7 @@ def torchrun(config, tmp_path, *overrides, code=0):
 
 @pytest.mark.parametrize("model", ["full", "lora"])
 def test_two_ranks_equal_one(run, config, tmp_path, model):
-    """Twenty steps over rows of unequal length; the last step of an epoch leaves a rank few rows."""
+    """Twenty steps over rows of unequal length."""
     config |= {"epochs": 4, "clip_grad_norm": 1.0}
     config |= {"model": LORA} if model == "lora" else {}
     alone = run({**config, "output_dir": config["output_dir"] + "_alone"})
