@@ -87,7 +87,7 @@ def builders(name: str, sizes: DecoderConfig | SizeFunction) -> tuple[Builder, B
     if isinstance(sizes, DecoderConfig):
         make, what = (lambda: sizes), _describe(sizes)
     else:
-        make, what = sizes, getattr(sizes, "func", sizes).__doc__
+        make, what = sizes, str(getattr(sizes, "func", sizes).__doc__)
 
     def build(*args: Any, **kwargs: Any) -> Decoder:
         return Decoder(make(*args, **kwargs))
