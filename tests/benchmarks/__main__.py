@@ -10,12 +10,15 @@ import importlib
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 from tests.benchmarks.common import REPOSITORY, Row, machine, table
 
@@ -23,8 +26,8 @@ RESULTS = REPOSITORY / "docs" / "benchmarks" / "results.json"
 PAGE = REPOSITORY / "docs" / "performance.md"
 
 
-def main() -> None:
-    """Run the benchmarks named on the command line, or all."""
+def main() -> int:
+    """Run the benchmarks named on the command line, or all, each in a process of its own."""
     names = sorted(file.stem[len("bench_") :] for file in Path(__file__).parent.glob("bench_*.py"))
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
@@ -32,14 +35,25 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.names) - set(names):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    if len(args.names) == 1:
+        measure(args.names[0], args.quick)
+        return 0
+    command = [sys.executable, "-m", "tests.benchmarks", *(["--quick"] if args.quick else [])]
+    codes = [
+        subprocess.run([*command, name], check=False).returncode for name in args.names or names
+    ]
+    return max(codes)
+
+
+def measure(name: str, quick: bool) -> None:
+    """Run a benchmark and write what it found."""
+    bench = importlib.import_module(f"tests.benchmarks.bench_{name}")
+    start = time.perf_counter()
+    rows = bench.measure(quick)
+    print(f"\n{bench.TITLE} ({time.perf_counter() - start:.0f} s)\n\n{table(rows)}", flush=True)
     where = {"date": time.strftime("%Y-%m-%d"), **machine()}
-    for name in args.names or names:
-        bench = importlib.import_module(f"tests.benchmarks.bench_{name}")
-        start = time.perf_counter()
-        rows = bench.measure(args.quick)
-        print(f"\n{bench.TITLE} ({time.perf_counter() - start:.0f} s)\n\n{table(rows)}", flush=True)
-        write_results(name, rows, where)
-        write_page(name, bench, rows, where)
+    write_results(name, rows, where)
+    write_page(name, bench, rows, where)
 
 
 def write_results(name: str, rows: list[Row], where: Row) -> None:
@@ -69,4 +83,4 @@ def _plain(value: object) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

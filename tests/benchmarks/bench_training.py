@@ -1,10 +1,10 @@
 """Optimizer steps over the same random Llama, the same rows and the same settings by mytune's
 recipe, by torchtune's and by a plain transformers (and peft) loop: batch 4, AdamW, no activation
 checkpointing, no compile. `wide` is 70 M parameters with Llama 3's vocabulary of 128,256, `deep`
-34 M with 8 blocks and a vocabulary of 8,192. `torchtune` is its recipe as it is configured for Llama 3;
-`torchtune, whole logits` the same with `torch.nn.CrossEntropyLoss`. The losses of all must agree,
-step by step. All run at once and take turns, one step each; times are CPU seconds where there is
-one thread. Tokens exclude padding. Memory is the most that the whole process held.
+34 M with 8 blocks and a vocabulary of 8,192. `torchtune` is its recipe as it is configured for
+Llama 3, `torchtune, whole logits` the same with `torch.nn.CrossEntropyLoss`. The losses of all must
+agree, step by step. All run at once and take turns, one step each; times are CPU seconds where
+there is one thread. Tokens exclude padding. Memory is the most that the whole process held.
 """
 
 from __future__ import annotations

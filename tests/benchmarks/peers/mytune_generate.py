@@ -7,20 +7,17 @@ import sys
 
 import torch
 
-from mytune.generation import pack_linears
-from mytune.generation.generate import generate
+from mytune.generation import generate, pack_linears
 from mytune.models.llama3 import llama3
-from mytune.training import FullModelHFCheckpointer, load_weights, use_fast_float32_matmul
+from mytune.training import FullModelHFCheckpointer, load_weights
 from tests.benchmarks.peers.turns import Turns
 
 
 def main(settings: dict) -> None:
-    device = torch.device("cpu")
-    use_fast_float32_matmul(device)
     with torch.device("meta"):
         model = llama3(**settings["shape"]).eval()
     weights = FullModelHFCheckpointer(settings["model"]).weights(model.config)
-    load_weights(model, weights, device, getattr(torch, settings["dtype"]))
+    load_weights(model, weights, torch.device("cpu"), getattr(torch, settings["dtype"]))
     pack_linears(model)
     turns = Turns()
     ids: list[int] = []

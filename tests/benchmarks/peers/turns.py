@@ -68,6 +68,7 @@ class Ids:
 
     pad_id = 0
     max_seq_len = None
+    fingerprint = "ids"
 
 
 class Rows:
