@@ -90,7 +90,7 @@ class ProgressBar:
 
     def _is_due(self, step: int) -> bool:
         return (
-            step == self.total
+            step in (self.done + 1, self.total)
             or time.monotonic() - self._last_time >= self.every_seconds
             or step - self._last_step >= self.total / 20
         )
@@ -99,10 +99,12 @@ class ProgressBar:
         elapsed = time.monotonic() - self._start
         left = elapsed / (step - self.done) * (self.total - step)
         spent, rest = tqdm.format_interval(elapsed), tqdm.format_interval(left)
+        # The first step warms up: what it took says nothing of those to come.
+        rest = "" if step == self.done + 1 else f", {rest} left"
         with suppress(BrokenPipeError):  # nobody reads it any more: no reason to stop training
             print(
                 f"step {step}/{self.total} ({step / self.total:.0%})  loss {loss:.4f}  "
-                f"{tokens_per_second:,.0f} tokens/s  {spent} elapsed, {rest} left",
+                f"{tokens_per_second:,.0f} tokens/s  {spent} elapsed{rest}",
                 file=self.file,
                 flush=True,
             )

@@ -168,7 +168,8 @@ def test_a_missing_package_is_told_with_how_to_install_it(
 ) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
         ResourceError, match="needs the package bitsandbytes, which is not installed: pip install"
     ):
