@@ -185,7 +185,8 @@ def main(cfg: Config) -> None:
         check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
 
-        model = load_model(cfg, checkpointer, resumed, device, dtype, seed)
+        model = build_model(cfg, checkpointer, tokenizer, dtype)
+        load_model(cfg, model, checkpointer, resumed, device, dtype, seed)
         optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         if resumed:
             load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
@@ -214,7 +215,10 @@ def main(cfg: Config) -> None:
                 loss += part.detach()
             sum_gradients(model.parameters())
             norm = clip_grad_norm(model.parameters(), cfg.clip_grad_norm)
-            loss_value, grad_norm = check_finite(all_sum(loss, device), norm, step=step + 1)
+            rows = [row for batch in micro_batches for row in batch["rows"].tolist()]
+            loss_value, grad_norm = check_finite(
+                all_sum(loss, device), norm, step=step + 1, rows=rows
+            )
             lr = get_lr(optimizer)
             optimizer.step()
             optimizer.zero_grad()
@@ -344,27 +348,39 @@ def check_same_run(resumed: Published | None, run: dict[str, Any]) -> None:
         )
 
 
+def build_model(
+    cfg: Config, checkpointer: Any, tokenizer: ModelTokenizer, dtype: torch.dtype
+) -> Decoder:
+    """Build the model without memory, and check what can be checked before a weight is read."""
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    total, trained = count_parameters(model)
+    log.info("model: %s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model only "
+            f"{model.config.vocab_size}: tokenizer.path or model is of another family"
+        )
+    check_room(cfg, checkpointer, model, dtype)
+    return model
+
+
 def load_model(
     cfg: Config,
+    model: Decoder,
     checkpointer: Any,
     resumed: Published | None,
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
-) -> Decoder:
-    """Build the model without memory, prepare it, then fill it tensor by tensor."""
-    with torch.device("meta"):
-        model = instantiate(cfg.model)
-    total, trained = count_parameters(model)
-    log.info("model: %s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
-    check_room(cfg, checkpointer, model, dtype)
+) -> None:
+    """Prepare the model for training and fill it, tensor by tensor."""
     checkpoint_activations(model, cfg.enable_activation_checkpointing)
     compile_blocks(model, cfg.compile)
     has_adapters = bool(adapter_state(model))
     weights = (checkpointer if has_adapters or not resumed else resumed).weights(model.config)
     load_weights(model, weights, device, dtype)
     load_adapters(model, (resumed or checkpointer).adapter_weights(), device, seed)
-    return model
 
 
 def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtype) -> None:

@@ -57,7 +57,10 @@ class BatchLoader:
         self.steps_per_epoch = min(steps, max_steps_per_epoch or steps)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches for each step of an epoch, from step `start` on."""
+        """Yield this rank's micro-batches for each step of an epoch, from step `start` on.
+
+        Beside what `collate` gives, `rows` says which of the dataset's samples they are.
+        """
         order = self._order(epoch)
         for step in range(start, self.steps_per_epoch):
             begin = step * self._rows_per_step
@@ -79,7 +82,8 @@ class BatchLoader:
 
     def _batch(self, rows: IntArray) -> Batch:
         samples = [self.dataset[int(row)] for row in rows] or [self._spare()]
-        return collate(samples, self.pad_id, self.dataset.pad_to)
+        batch = collate(samples, self.pad_id, self.dataset.pad_to)
+        return {**batch, "rows": torch.from_numpy(rows)}
 
     def _spare(self) -> Sample:
         """Return a token that trains nothing: a rank without rows still takes part in the step."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,20 +45,21 @@ def _grad_norm(parameters: list[Tensor]) -> Tensor:
 
 
 def check_finite(
-    loss: Tensor, grad_norm: Tensor, *, step: int, samples: str = ""
+    loss: Tensor, grad_norm: Tensor, *, step: int, rows: Sequence[int] = ()
 ) -> tuple[float, float]:
     """Return loss and gradient norm as numbers; call it before the optimizer's step.
 
-    Waits for the device once. `samples` says in words which rows the step has seen.
+    Waits for the device once. `rows` are the samples that the step has seen.
 
     Raises:
         NumericalError: one of the two is NaN or infinite.
     """
     values = torch.stack([loss.detach().float(), grad_norm.float()]).tolist()
     if not all(map(math.isfinite, values)):
+        seen = f" (rows {reprlib.repr(list(rows))} of the data)" if rows else ""
         raise NumericalError(
-            f"step {step}: loss is {values[0]}, grad_norm is {values[1]}"
-            f"{f' (samples: {samples})' if samples else ''}; the step was not taken, the last "
-            "checkpoint stays; lower optimizer.lr, set clip_grad_norm=1.0, or look at these samples"
+            f"step {step}: loss is {values[0]}, grad_norm is {values[1]}{seen}; the step was not "
+            "taken, the last checkpoint stays; lower optimizer.lr, set clip_grad_norm=1.0, or look "
+            "at these rows"
         )
     return values[0], values[1]

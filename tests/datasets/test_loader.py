@@ -118,6 +118,7 @@ def test_packs_are_padded_to_their_full_length(tokenizer, texts):
         tokenizer, texts([4, 3, 6]), packed=True, max_seq_len=10, split_across_pack=False
     )
     [[batch]] = loader(packed, shuffle=False).steps(0)
+    assert batch.pop("rows").tolist() == [0, 1]
     assert {key: value.shape for key, value in batch.items()} == dict.fromkeys(
         ("tokens", "labels", "positions", "document_ids"), (2, 10)
     )

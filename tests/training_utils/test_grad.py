@@ -71,8 +71,8 @@ def test_numbers_that_are_not_finite_stop_the_run(wrong, where):
     values = [torch.tensor(1.5), torch.tensor(2.5)]
     assert check_finite(*values, step=3) == (1.5, 2.5)
     values[where].fill_(wrong)
-    with pytest.raises(NumericalError, match=rf"step 3: .*{wrong}.*rows 32 to 47") as error:
-        check_finite(*values, step=3, samples="rows 32 to 47")
+    with pytest.raises(NumericalError, match=rf"step 3: .*{wrong}.*rows \[32, 47\]") as error:
+        check_finite(*values, step=3, rows=[32, 47])
     assert error.value.exit_code == 6
 
 
