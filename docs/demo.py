@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ Where things are:
 
 def tune(*arguments: str) -> None:
     """Run a `tune` command, shown as a user would type it."""
-    print(f"\n$ tune {' '.join(arguments)}", flush=True)
+    print("\n$", shlex.join(("tune", *arguments)), flush=True)
     subprocess.run([sys.executable, "-m", "mytune", *arguments], check=True)
 
 
