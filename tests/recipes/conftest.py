@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from mytune.cli.main import main
 
 from mytune.assets import ASSETS
+from mytune.cli.main import main
 from tests.hf import tiny_llama
 
 LORA = {
