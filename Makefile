@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 
-.PHONY: demo test lint types docs bench gpu tiny clean
+.PHONY: demo test lint types docs bench tiny clean
 
 # Fine-tune the embedded model and show what changed: two minutes on two cores.
 demo: .venv/demo
@@ -26,9 +26,6 @@ docs: .venv/dev
 # Measure, write docs/benchmarks/*.json and the tables of docs/performance.md.
 bench: .venv/dev
 	$(BIN)/python -m tests.benchmarks
-
-gpu: .venv/dev
-	$(BIN)/python -m pytest tests/gpu
 
 # Make the embedded model again, from nothing.
 tiny: .venv/dev

@@ -209,7 +209,7 @@ def main(cfg: Config) -> None:
             tokens = int(all_sum(count_targets(micro_batches), device))
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
-                with offload_activations(cfg.enable_activation_offloading, device):
+                with offload_activations(model, cfg.enable_activation_offloading):
                     part = loss_fn(model, to_device(batch, device)) / max(tokens, 1)
                 part.backward()
                 loss += part.detach()

@@ -26,11 +26,25 @@ def checkpoint_activations(model: Decoder, enabled: bool = True) -> None:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def offload_activations(enabled: bool, device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which what the backward pass needs waits in the CPU's memory."""
+def offload_activations(model: nn.Module, enabled: bool) -> AbstractContextManager[object]:
+    """Return a context in which what the backward pass needs waits in the CPU's memory.
+
+    Weights stay where they are, also as the transposed views that products save.
+    """
     if not enabled:
         return nullcontext()
-    return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if tensor.untyped_storage().data_ptr() in weights:
+            return tensor.device, tensor
+        return tensor.device, tensor.cpu()
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        return tensor.to(device)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def compile_blocks(model: Decoder, enabled: bool = True) -> None:

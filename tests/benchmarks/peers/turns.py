@@ -68,6 +68,7 @@ class Ids:
 
     pad_id = 0
     max_seq_len = None
+    vocab_size = 0
     fingerprint = "ids"
 
 
