@@ -58,6 +58,7 @@ from mytune.training import (
     process_group,
     rank,
     refuse_other_run,
+    remove_other_run,
     seed_step,
     set_deterministic,
     set_seed,
@@ -171,9 +172,10 @@ def main(cfg: Config) -> None:
 
     with ExitStack() as stack:
         stack.enter_context(process_group(device))
-        own_output_dirs(stack, cfg, checkpointer)
+        resume = cfg.resume_from_checkpoint or checkpointer.resume
+        own_output_dirs(stack, cfg, checkpointer, resume)
         stop = stack.enter_context(StopSignal())
-        resumed = checkpointer.latest() if cfg.resume_from_checkpoint else None
+        resumed = checkpointer.latest() if resume else None
         seed = set_seed(resumed.state["seed"] if resumed else cfg.seed)
         step = resumed.step if resumed else 0
 
@@ -186,6 +188,10 @@ def main(cfg: Config) -> None:
         total_steps = cfg.epochs * loader.steps_per_epoch
 
         model = build_model(cfg, checkpointer, tokenizer, dtype)
+        loss_fn = instantiate(cfg.loss)
+        logger = MetricLoggers(as_list(instantiate(cfg.metric_logger)))
+        profiler = stack.enter_context(instantiate(cfg.profiler))
+
         load_model(cfg, model, checkpointer, resumed, device, dtype, seed)
         optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         if resumed:
@@ -196,12 +202,14 @@ def main(cfg: Config) -> None:
             num_training_steps=total_steps,
             last_epoch=step - 1,
         )
-        loss_fn = instantiate(cfg.loss)
-        logger = make_logger(cfg, step)
-        progress = stack.enter_context(ProgressBar(total_steps, done=step))
-        profiler = stack.enter_context(instantiate(cfg.profiler))
 
+        # From here on the folder is this run's.
+        if not resume:
+            remove_other_run(cfg.output_dir, checkpointer.output_dir)
+        logger.resume_at(step)
+        logger.log_config(config_yaml(cfg))
         model.train()
+        progress = stack.enter_context(ProgressBar(total_steps, done=step))
         started = lap = time.perf_counter()
         trained_tokens = 0
         for epoch, micro_batches in remaining_steps(loader, step, cfg.epochs):
@@ -257,24 +265,16 @@ def main(cfg: Config) -> None:
             )
 
 
-def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any) -> None:
+def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any, resume: bool) -> None:
     """Lock the run's folders against other runs, and keep what another run left there."""
     for folder in dict.fromkeys([Path(cfg.output_dir), checkpointer.output_dir]):
         stack.enter_context(output_dir_lock(folder))
         refuse_other_run(
             folder,
-            resume=cfg.resume_from_checkpoint,
+            resume=resume,
             overwrite=cfg.overwrite_output_dir,
             inputs=[checkpointer.source_dir],
         )
-
-
-def make_logger(cfg: Config, step: int) -> MetricLoggers:
-    """Open the metric loggers where a run of `step` steps left off, and give them the config."""
-    logger = MetricLoggers(as_list(instantiate(cfg.metric_logger)))
-    logger.resume_at(step)
-    logger.log_config(config_yaml(cfg))
-    return logger
 
 
 def make_loader(

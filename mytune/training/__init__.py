@@ -49,6 +49,7 @@ _WHERE = {
     "check_disk_space": "run_dir",
     "output_dir_lock": "run_dir",
     "refuse_other_run": "run_dir",
+    "remove_other_run": "run_dir",
     "seed_step": "seed",
     "set_deterministic": "seed",
     "set_seed": "seed",

@@ -147,15 +147,14 @@ def refuse_other_run(
 
     Args:
         resume: the run goes on with what is there.
-        overwrite: remove the checkpoints and metrics that are there.
+        overwrite: `remove_other_run` will remove what is there.
         inputs: directories this run reads; one that would be removed is refused.
 
     Raises:
         DirectoryInUseError: there are results, and neither `resume` nor `overwrite` is set.
     """
     directory = Path(path)
-    checkpoints = [c.path for c in candidates(directory) if (c.path / MANIFEST).is_file()]
-    files = [directory / name for name in _RESULTS if (directory / name).is_file()]
+    checkpoints, files = _results(directory)
     if rank() != 0 or resume or not (checkpoints or files):
         return
     read = [Path(each).resolve() for each in inputs]
@@ -167,7 +166,19 @@ def refuse_other_run(
             "output_dir, or set resume_from_checkpoint=True"
             + (f" (this run reads {needed[0]})" if needed else " or overwrite_output_dir=True")
         )
-    for checkpoint in checkpoints:
-        remove(checkpoint)
-    for file in files:
-        file.unlink()
+
+
+def remove_other_run(*paths: str | Path) -> None:
+    """Remove the checkpoints and metrics that another run left in these directories."""
+    for path in paths if rank() == 0 else ():
+        checkpoints, files = _results(Path(path))
+        for checkpoint in checkpoints:
+            remove(checkpoint)
+        for file in files:
+            file.unlink()
+
+
+def _results(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Return the checkpoints and files by which a run's results are known."""
+    checkpoints = [c.path for c in candidates(directory) if (c.path / MANIFEST).is_file()]
+    return checkpoints, [directory / name for name in _RESULTS if (directory / name).is_file()]

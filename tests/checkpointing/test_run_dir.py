@@ -105,6 +105,8 @@ def test_results_of_another_run_are_not_mixed_with(tmp_path: Path) -> None:
         refuse_other_run(tmp_path, resume=False, overwrite=False)
     refuse_other_run(tmp_path, resume=True, overwrite=False)
     refuse_other_run(tmp_path, resume=False, overwrite=True)
+    assert (tmp_path / "epoch_0").is_dir()  # removed only once the new run is sure to start
+    remove_other_run(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "epoch_3"}
 
 

@@ -197,3 +197,11 @@ def test_r8_a_second_run_in_the_same_folder_ends_at_once(run, config, tmp_path, 
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert os.path.exists(config["output_dir"])
+
+
+def test_overwriting_removes_nothing_before_the_new_run_can_start(run, config, capsys):
+    first = run(config, "max_steps_per_epoch=1")
+    kept = files_of(config["output_dir"])
+    run(config, "overwrite_output_dir=True", "model.checkpoint_dir=/nowhere", code=2)
+    assert run(config, "overwrite_output_dir=True", "tokenizer.max_seq_len=1", code=3) == first
+    assert files_of(config["output_dir"]).keys() == kept.keys()
