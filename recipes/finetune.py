@@ -164,6 +164,7 @@ class Config:
 def main(cfg: Config) -> None:
     """Run the whole fine-tuning: prepare, train, save, report."""
     setup_logging(cfg.log_level, rank())
+    check_counts(cfg)
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
     set_deterministic(cfg.cudnn_deterministic_mode)
@@ -176,6 +177,8 @@ def main(cfg: Config) -> None:
         own_output_dirs(stack, cfg, checkpointer, resume)
         stop = stack.enter_context(StopSignal())
         resumed = checkpointer.latest() if resume else None
+        if resumed:
+            log.info("resuming from %s, after step %d", resumed.path, resumed.step)
         seed = set_seed(resumed.state["seed"] if resumed else cfg.seed)
         step = resumed.step if resumed else 0
 
@@ -210,8 +213,8 @@ def main(cfg: Config) -> None:
         logger.log_config(config_yaml(cfg))
         model.train()
         progress = stack.enter_context(ProgressBar(total_steps, done=step))
-        started = lap = time.perf_counter()
-        trained_tokens = 0
+        trained_tokens, seconds = resumed.state["totals"] if resumed else (0, 0.0)
+        lap = time.perf_counter()
         for epoch, micro_batches in remaining_steps(loader, step, cfg.epochs):
             seed_step(seed, step, rank(), device)
             tokens = int(all_sum(count_targets(micro_batches), device))
@@ -234,7 +237,9 @@ def main(cfg: Config) -> None:
             step += 1
 
             trained_tokens += tokens
-            speed = tokens / (time.perf_counter() - lap) / world_size()
+            spent = time.perf_counter() - lap
+            seconds += spent
+            speed = tokens / spent / world_size()
             metrics = {"loss": loss_value, "lr": lr, "grad_norm": grad_norm}
             metrics["tokens_per_second_per_gpu"] = speed
             if cfg.log_peak_memory_stats:
@@ -251,18 +256,27 @@ def main(cfg: Config) -> None:
             stopping = all_sum(float(stop.requested), device) > 0
             if epoch_ends or stopping or is_due(step, cfg.save_every_n_steps):
                 name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
-                save(name, cfg, checkpointer, model, optimizer, step, dtype, run)
+                totals = trained_tokens, seconds
+                save(name, cfg, checkpointer, model, optimizer, step, dtype, run, totals)
             if stopping:
                 break
             lap = time.perf_counter()
 
         logger.close()
-        report(cfg, step, trained_tokens, time.perf_counter() - started, model, device)
+        report(cfg, checkpointer, logger, step, trained_tokens, seconds, model, device)
         if step < total_steps:
             raise StoppedEarly(
-                f"stopped at step {step} of {total_steps}, saved; "
+                f"after step {step} of {total_steps}, saved; "
                 "to go on, run the same command with resume_from_checkpoint=True"
             )
+
+
+def check_counts(cfg: Config) -> None:
+    """Refuse numbers of steps and epochs below 1."""
+    keys = ("epochs", "save_every_n_steps", "run_val_every_n_steps", "batch_size_val")
+    counts = {key: getattr(cfg, key) for key in (*keys, "log_every_n_steps")}
+    if low := [f"{key} is {n}" for key, n in counts.items() if n is not None and n < 1]:
+        raise ConfigError(f"{', '.join(low)}; it must be at least 1")
 
 
 def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any, resume: bool) -> None:
@@ -435,6 +449,7 @@ def save(
     step: int,
     dtype: torch.dtype,
     run: dict[str, Any],
+    totals: tuple[int, float],
 ) -> None:
     """Publish a checkpoint: weights to use, adapter, and what resuming needs."""
     adapter = adapter_state(model)
@@ -448,15 +463,28 @@ def save(
         adapter=adapter,
         adapter_config=adapter_config(model),
         tensors=tensors,
-        state={"seed": run["seed"], "optimizer": optimizer_json, "run": run},
+        state={
+            "seed": run["seed"],
+            "optimizer": optimizer_json,
+            "run": run,
+            "totals": totals,
+        },
         run={**run, "samples_seen": step * run["rows_per_step"]},
     )
 
 
 def report(
-    cfg: Config, step: int, tokens: int, seconds: float, model: Decoder, device: torch.device
+    cfg: Config,
+    checkpointer: Any,
+    logger: MetricLoggers,
+    step: int,
+    tokens: int,
+    seconds: float,
+    model: Decoder,
+    device: torch.device,
 ) -> None:
     """Write summary and loss curve, and say where everything is."""
+    locations = {"checkpoints": checkpointer.output_dir, "metrics": logger.metrics_file}
     written = write_report(
         cfg.output_dir,
         steps=step,
@@ -464,6 +492,8 @@ def report(
         seconds=seconds,
         parameters=count_parameters(model),
         device=device,
+        locations=locations,
+        metrics=logger.metrics_file,
     )
-    for what, path in written.items():
+    for what, path in {**locations, **written}.items():
         log.info("%s: %s", what, path)

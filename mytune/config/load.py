@@ -172,7 +172,11 @@ def _check_keys(tree: Tree, name: str) -> None:
     for key in [key for key in tree.values if key not in names]:
         value, where = tree.values.pop(key), tree.where((key,))
         if key not in RETIRED:
-            tree.problems.append(f"{where}: unknown key {key!r}{did_you_mean(key, names)}")
+            inner = [
+                f"{k}.{key}" for k, v in tree.values.items() if isinstance(v, dict) and key in v
+            ]
+            hint = f"; did you mean {inner[0]!r}?" if inner else did_you_mean(key, names)
+            tree.problems.append(f"{where}: unknown key {key!r}{hint}")
             continue
         harmless, why = RETIRED[key]
         if harmless is None or value in harmless:

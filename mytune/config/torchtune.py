@@ -26,15 +26,16 @@ class Retired(NamedTuple):
     why: str
 
 
+_WHOLE = "every rank holds the whole model; nothing is sharded or offloaded yet"
+
 RETIRED = {
     "low_cpu_ram": Retired(None, "weights are always memory-mapped"),
-    "custom_sharded_layers": Retired(None, "each block, the embedding and the output are sharded"),
-    "memory_efficient_fsdp_wrap": Retired(
-        None, "each block, the embedding and the output are sharded"
-    ),
+    "custom_sharded_layers": Retired(None, _WHOLE),
+    "memory_efficient_fsdp_wrap": Retired(None, _WHOLE),
+    "optimizer_in_bwd": Retired(None, "it saves memory, never changes a result; not there yet"),
     "fsdp": Retired(None, "torchtune 0.6 ignores it too"),
-    "fsdp_cpu_offload": Retired(None, "parameters stay on the device"),
-    "fsdp_reshard_after_forward": Retired(None, "it changes memory, never a result"),
+    "fsdp_cpu_offload": Retired(None, _WHOLE),
+    "fsdp_reshard_after_forward": Retired(None, _WHOLE),
     "enable_async_checkpointing": Retired(
         None, "it changes when a file is written, never what is in it"
     ),
@@ -48,8 +49,8 @@ RETIRED = {
     "tensor_parallel_plan": Retired(None, "there is no tensor parallelism"),
     "context_parallel_dim": Retired((1, None), "there is no context parallelism"),
     "context_parallel_rotate_method": Retired(None, "there is no context parallelism"),
-    "data_parallel_shard_dim": Retired((-1, None), "all ranks share one mesh"),
-    "data_parallel_replicate_dim": Retired((1, None), "all ranks share one mesh"),
+    "data_parallel_shard_dim": Retired((-1, None), _WHOLE),
+    "data_parallel_replicate_dim": Retired((1, None), _WHOLE),
     "enable_fp8_training": Retired((False, None), "there is no fp8 training"),
     "fp8_recipe_name": Retired(None, "there is no fp8 training"),
     "resize_token_embeddings": Retired((False, None), "the vocabulary keeps its size"),
@@ -57,7 +58,7 @@ RETIRED = {
     "fake_quant_after_n_steps": Retired((None,), "this recipe does not quantize"),
     "early_exit_loss": Retired((None,), "there is no early exit"),
     "layer_dropout": Retired((None,), "there is no layer dropout"),
-    "enable_kv_cache": Retired(None, "generation always uses a cache; the text is the same"),
+    "enable_kv_cache": Retired(None, "it changes speed, never a result"),
     "instruct_template": Retired((None,), "prompt.user and the tokenizer's prompt_template say it"),
     "chat_format": Retired((None,), "prompt.user and the tokenizer's prompt_template say it"),
 }

@@ -62,6 +62,11 @@ class MetricLoggers(MetricLogger):
     def __init__(self, loggers: Sequence[MetricLogger]) -> None:
         self.loggers = list(loggers)
 
+    @property
+    def metrics_file(self) -> Path | None:
+        """The file of the first DiskLogger."""
+        return next((each.path for each in self.loggers if isinstance(each, DiskLogger)), None)
+
     def _write(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_dict(values, step)

@@ -99,7 +99,7 @@ class _Checkpointer:
         """Return the model's weights by our names, memory-mapped, each read when asked for.
 
         Raises:
-            CheckpointError: they do not fit; all tensors that do not are named, with both shapes.
+            CheckpointError: they do not fit; tensors that do not are named, with both shapes.
         """
         size = sum(path.stat().st_size for path in self.source.paths)
         where = (told_size(size), self.format.name, self.source_dir)

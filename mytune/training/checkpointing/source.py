@@ -26,6 +26,7 @@ _OPEN: Mapping[str, type[PickledFile] | type[SafetensorsFile]] = {
 }
 _FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+_SHOWN = 24  # tensors that an error names: more only scrolls its first line away
 
 CheckpointFiles = Sequence[str] | Mapping[str, str] | None
 
@@ -190,7 +191,7 @@ class Source:
         """Return what each group holds, in the order of its files.
 
         Raises:
-            CheckpointError: missing, unknown or different tensors; all of them are named.
+            CheckpointError: missing, unknown or different tensors; up to `_SHOWN` are named.
         """
         shapes = parameter_shapes(config)
         # A file may hold a tied head all the same: it must then equal the embedding.
@@ -213,8 +214,11 @@ class Source:
             if name not in held
         ]
         if problems:
+            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise CheckpointError(
-                f"{self.paths[0].parent}: {len(problems)} tensors do not fit the model", problems
+                f"{self.paths[0].parent}: {len(problems)} tensors do not fit the model; "
+                "mytune.models.auto_model takes the sizes from the checkpoint",
+                problems[:_SHOWN] + more,
             )
         return layout
 
