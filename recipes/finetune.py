@@ -175,8 +175,9 @@ def main(cfg: Config) -> None:
         stack.enter_context(process_group(device))
         resume = cfg.resume_from_checkpoint or checkpointer.resume
         own_output_dirs(stack, cfg, checkpointer, resume)
-        stop = stack.enter_context(StopSignal())
         resumed = checkpointer.latest() if resume else None
+        if resume and not resumed:
+            log.warning("no checkpoint in %s: starting at step 0", checkpointer.output_dir)
         if resumed:
             log.info("resuming from %s, after step %d", resumed.path, resumed.step)
         seed = set_seed(resumed.state["seed"] if resumed else cfg.seed)
@@ -191,8 +192,15 @@ def main(cfg: Config) -> None:
         total_steps = cfg.epochs * loader.steps_per_epoch
 
         model = build_model(cfg, checkpointer, tokenizer, dtype)
+        if (longest := int(loader.dataset.lengths.max())) > model.config.max_seq_len:
+            log.warning(
+                "rows have up to %d tokens, the model %d positions: set tokenizer.max_seq_len",
+                longest,
+                model.config.max_seq_len,
+            )
         loss_fn = instantiate(cfg.loss)
         logger = MetricLoggers(as_list(instantiate(cfg.metric_logger)))
+        stack.callback(logger.close)
         profiler = stack.enter_context(instantiate(cfg.profiler))
 
         load_model(cfg, model, checkpointer, resumed, device, dtype, seed)
@@ -212,6 +220,7 @@ def main(cfg: Config) -> None:
         logger.resume_at(step)
         logger.log_config(config_yaml(cfg))
         model.train()
+        stop = stack.enter_context(StopSignal())
         progress = stack.enter_context(ProgressBar(total_steps, done=step))
         trained_tokens, seconds = resumed.state["totals"] if resumed else (0, 0.0)
         lap = time.perf_counter()
@@ -262,7 +271,6 @@ def main(cfg: Config) -> None:
                 break
             lap = time.perf_counter()
 
-        logger.close()
         report(cfg, checkpointer, logger, step, trained_tokens, seconds, model, device)
         if step < total_steps:
             raise StoppedEarly(
@@ -277,11 +285,14 @@ def check_counts(cfg: Config) -> None:
     counts = {key: getattr(cfg, key) for key in (*keys, "log_every_n_steps")}
     if low := [f"{key} is {n}" for key, n in counts.items() if n is not None and n < 1]:
         raise ConfigError(f"{', '.join(low)}; it must be at least 1")
+    if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
+        raise ConfigError(f"clip_grad_norm is {cfg.clip_grad_norm}; it must be above 0, or null")
 
 
 def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any, resume: bool) -> None:
     """Lock the run's folders against other runs, and keep what another run left there."""
-    for folder in dict.fromkeys([Path(cfg.output_dir), checkpointer.output_dir]):
+    folders = (Path(cfg.output_dir).expanduser(), checkpointer.output_dir)
+    for folder in dict.fromkeys(each.resolve() for each in folders):
         stack.enter_context(output_dir_lock(folder))
         refuse_other_run(
             folder,
@@ -402,7 +413,9 @@ def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtyp
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     merged = not (cfg.save_adapter_weights_only and adapter_state(model))
     weights = checkpointer.plan(model.config, dtype).nbytes if merged else 0
-    check_disk_space(checkpointer.output_dir, weights + 3 * trained)  # AdamW keeps two of each
+    adapters = trained if adapter_state(model) else 0
+    # AdamW keeps two numbers for each that trains.
+    check_disk_space(checkpointer.output_dir, weights + adapters + 2 * trained)
 
 
 def remaining_steps(
@@ -418,7 +431,7 @@ def remaining_steps(
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch, with the places of its trained tokens, so that the device need not look."""
     batch = {**batch, "target_index": target_index(batch["labels"])}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "rows"}
 
 
 def is_due(step: int, every: int | None, otherwise: bool = False) -> bool:

@@ -98,7 +98,11 @@ def _check_files(node: Component) -> Iterator[Finding]:
     folders = ["", *(str(node[key]) for key in ("checkpoint_dir", "output_dir") if node.get(key))]
     for key in _INPUTS:
         value = node.get(key)
-        if isinstance(value, str) and not any(Path(folder, value).exists() for folder in folders):
+        if not isinstance(value, str):
+            continue
+        places = [Path(folder, value) for folder in folders]
+        places += [place.parent / "original" / place.name for place in places if key == "path"]
+        if not any(place.exists() for place in places):
             how = "`tune download REPO --output-dir DIR` fetches models"
             yield key, f"{value!r} does not exist; {how}"
     keys = ["source", "data_files"] if node.get("source") in _READERS else ["source"]

@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -17,16 +18,23 @@ from mytune.config.torchtune import our_name
 from mytune.config.types import KEY
 from mytune.errors import ConfigError, ResourceError, did_you_mean
 
-# Of mytune only what a run is made of: `mytune.cli` could be made to run any file.
+# Of mytune only what a config is made of: another function could be made to run or delete a file.
+_OUR_PACKAGES = tuple(
+    f"mytune.{name}." for name in ("models", "modules", "tokenizers", "datasets", "training")
+)
 _OURS = (
-    "models",
-    "modules",
-    "tokenizers",
-    "datasets",
-    "training",
-    "quantization",
-    "generation",
-    "evaluation",
+    "models.*",
+    "modules.*Loss",
+    "tokenizers.*_tokenizer",
+    "tokenizers.*Tokenizer",
+    "tokenizers.*Template",
+    "datasets.*_dataset",
+    "datasets.*Template",
+    "datasets.*ToMessages",
+    "training.*Checkpointer",
+    "training.*Logger",
+    "training.*get_*_schedule_with_warmup",
+    "training.*setup_torch_profiler",
 )
 _OTHERS = ["torch.optim", "torch.nn", "torchao", "bitsandbytes.optim"]
 _PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
@@ -45,8 +53,10 @@ def refusal(name: str) -> str | None:
     parts = name.split(".")
     if len(parts) < 2 or not all(part.isidentifier() and part[:2] != "__" for part in parts):
         return f"{name!r} is not a dotted name like 'mytune.models.llama3.llama3_8b'"
-    allowed = [*(f"mytune.{each}" for each in _OURS), *_OTHERS, *_allowed_by_user]
+    allowed = [*_OTHERS, *_allowed_by_user]
     if any(name.startswith(f"{prefix}.") for prefix in allowed) or local_file(name):
+        return None
+    if name.startswith(_OUR_PACKAGES) and not any(part.startswith("_") for part in parts):
         return None
     return (
         f"{name!r} is not allowed{did_you_mean(parts[0], _PACKAGES - {parts[0]})}; components come "
@@ -86,9 +96,17 @@ def find_component(name: str) -> Any:
             raise _not_importable(name, error) from error
     if not callable(found):
         raise ConfigError(f"{name!r} is neither a function nor a class")
+    if name.startswith("mytune.") and not _is_ours(name):
+        raise ConfigError(f"{name!r} is not a component: no config is made of it")
     if why := _foreign(found):
         raise ConfigError(f"{name!r} is not allowed: it {why}")
     return found
+
+
+def _is_ours(name: str) -> bool:
+    """Say whether a name of mytune's is one that configs may use."""
+    allowed = "mytune" in _allowed_by_user
+    return allowed or any(fnmatchcase(name, f"mytune.{pattern}") for pattern in _OURS)
 
 
 def _import_module(name: str) -> tuple[ModuleType, list[str]]:
@@ -144,7 +162,7 @@ def _foreign(found: Any) -> str | None:
     home = getattr(found, "__module__", None)
     if not isinstance(home, str):
         return "does not say which module it comes from"
-    if refusal(f"{home}.x") is None:
+    if home.startswith(_OUR_PACKAGES) or refusal(f"{home}.x") is None:
         local = local_file(f"{home}.x")
         file = getattr(sys.modules.get(home), "__file__", None)
         if local is None or (file and Path(file).resolve() == local[0]):
@@ -173,7 +191,12 @@ def instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(f"{name}: {error}") from None
     except ValueError:
         pass  # a function without a signature
-    return target(*args, **arguments)
+    try:
+        return target(*args, **arguments)
+    except (TypeError, ValueError) as error:  # of another library: a value that it does not take
+        if name.startswith("mytune."):
+            raise
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def _build(value: Any) -> Any:

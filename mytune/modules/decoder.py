@@ -123,6 +123,8 @@ class Attention(nn.Module):
         causal = mask is None and q.shape[2] == k.shape[2]
         if mask is None and not causal:
             mask = _aligned_causal_mask(q.shape[2], k.shape[2], q.device)
+        if mask is not None and self.grouped:  # no fused CUDA kernel takes a mask and groups
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -130,7 +132,7 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
-            enable_gqa=self.grouped,
+            enable_gqa=self.grouped and mask is None,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

@@ -77,7 +77,8 @@ class _LoRA(nn.Module):
         low = F.linear(
             F.dropout(x, self.lora.dropout, self.training), self.lora_A.weight.to(x.dtype)
         )
-        y = y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.lora.scaling
+        high = F.linear(low, self.lora_B.weight.to(x.dtype))
+        y = torch.add(y, high, alpha=self.lora.scaling)
         if self.lora_magnitude_vector is None:
             return y
         # The norm is a constant to the gradient, as in DoRA's paper (section 4.3).

@@ -62,6 +62,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
         labels: [n], all of them valid ids.
         chunk: rows whose logits are held at a time.
     """
+    if not torch.is_grad_enabled():  # inside, a weight that trains would ask for its gradient
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
 
 

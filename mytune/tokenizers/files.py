@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import re
 from binascii import a2b_base64
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ from typing import Any
 import tiktoken
 
 from mytune.errors import CheckpointError, ConfigError, ResourceError
+
+log = logging.getLogger("mytune")
 
 PLACES = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
 
@@ -47,6 +50,10 @@ def find_tokenizer(path: str | Path) -> Path:
     given = Path(path).expanduser()
     folder = given if given.is_dir() else given.parent
     found = [folder / place for place in PLACES if (folder / place).is_file()]
+    original = folder / "original" / given.name  # where Hugging Face's repositories keep Meta's
+    if not given.exists() and original.is_file():
+        log.info("tokenizer: %s is not there, %s is used", given, original)
+        return original
     if given.is_file() or (given.is_dir() and found):
         return given if given.is_file() else found[0]
     there = _what_is_there(folder, found)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mytune.config import redact
-from mytune.errors import ResourceError
+from mytune.errors import ConfigError, ResourceError
 from mytune.training.distributed import rank
 
 Scalar = Tensor | float
@@ -91,7 +91,12 @@ class DiskLogger(MetricLogger):
     """
 
     def __init__(self, log_dir: str, filename: str = "metrics.jsonl") -> None:
-        self.path = Path(log_dir) / filename
+        if Path(filename).name != filename or not filename.endswith(".jsonl"):
+            raise ConfigError(
+                f"metric_logger.filename is {filename!r}; it must be a name that ends in .jsonl, "
+                "such as metrics.jsonl; log_dir says where"
+            )
+        self.path = Path(log_dir).expanduser() / filename
         if rank() == 0:
             with writing(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +111,13 @@ class DiskLogger(MetricLogger):
 
     def resume_at(self, step: int) -> None:
         if rank() == 0 and self.path.exists():
-            kept = [line for line in self.path.read_bytes().splitlines() if _step(line) <= step]
+            lines = self.path.read_bytes().splitlines()
+            if any(_step(line) == math.inf for line in lines[:-1]):  # the last may be cut short
+                raise ConfigError(
+                    f"{self.path} holds something else than metrics, which would be lost; "
+                    "change metric_logger.log_dir or filename"
+                )
+            kept = [line for line in lines if _step(line) <= step]
             write_atomic(self.path, b"".join(line + b"\n" for line in kept))
 
 

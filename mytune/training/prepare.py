@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,16 @@ def checkpoint_activations(model: Decoder, enabled: bool = True) -> None:
     """Make every block keep only its input and recompute the rest in the backward pass."""
     if enabled:
         for layer in model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = _recomputed(layer.forward)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # A function of our own: torch.compile skips a module whose forward is `checkpoint` itself.
+    def run(*args: Any) -> Tensor:
+        result: Tensor = checkpoint(forward, *args, use_reentrant=False)
+        return result
+
+    return run
 
 
 def offload_activations(model: nn.Module, enabled: bool) -> AbstractContextManager[object]:

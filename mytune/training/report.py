@@ -53,7 +53,7 @@ def write_report(
     """
     if rank() != 0:
         return {}
-    folder = Path(output_dir)
+    folder = Path(output_dir).expanduser()
     rows = read_metrics(Path(metrics or folder / "metrics.jsonl"))
     written = {"summary": folder / "summary.json"}
     if curve := draw_loss_curve(rows, title or folder.name):

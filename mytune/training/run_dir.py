@@ -16,7 +16,7 @@ from typing import Any
 from mytune.errors import DirectoryInUseError, ResourceError
 from mytune.training.checkpointing.files import told_size
 from mytune.training.checkpointing.publish import MANIFEST, candidates, clean_up, remove
-from mytune.training.distributed import rank
+from mytune.training.distributed import barrier, rank
 
 log = logging.getLogger("mytune")
 
@@ -37,6 +37,7 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
     directory = Path(path)
     lock = directory / LOCK
     if rank() != 0:
+        barrier()
         yield directory
         return
     try:
@@ -49,6 +50,7 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
         ) from error
     try:
         clean_up(directory)
+        barrier()
         yield directory
     finally:
         lock.unlink(missing_ok=True)

@@ -174,3 +174,20 @@ def test_a_missing_package_is_told_with_how_to_install_it(
         ResourceError, match="needs the package bitsandbytes, which is not installed: pip install"
     ):
         find_component("bitsandbytes.optim.PagedAdamW8bit")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mytune.datasets.cache.load_or_write",
+        "mytune.training.remove_other_run",
+        "mytune.training.checkpointing.publish.remove",
+        "mytune.training.metric_logging._tracker",
+        "mytune.config.components.allow",
+        "mytune.cli.main.main",
+    ],
+)
+def test_a_function_of_ours_that_no_config_is_made_of_is_refused(name: str) -> None:
+    """`load_or_write` removes the folder it is given, `_tracker` imports any module."""
+    with pytest.raises(ConfigError, match=r"not a component|not allowed"):
+        find_component(name)

@@ -205,3 +205,27 @@ def test_overwriting_removes_nothing_before_the_new_run_can_start(run, config, c
     run(config, "overwrite_output_dir=True", "model.checkpoint_dir=/nowhere", code=2)
     assert run(config, "overwrite_output_dir=True", "tokenizer.max_seq_len=1", code=3) == first
     assert files_of(config["output_dir"]).keys() == kept.keys()
+
+
+def test_a_setting_that_changed_since_the_checkpoint_wins_and_is_told(run, config, capsys):
+    run(config, "max_steps_per_epoch=2")
+    metrics = run(
+        config,
+        "resume_from_checkpoint=True",
+        "epochs=2",
+        "max_steps_per_epoch=2",
+        "optimizer.lr=1e-5",
+    )
+    assert [m["lr"] for m in metrics] == [1e-3, 1e-3, 1e-5, 1e-5]
+    assert "optimizer.lr was 0.001 in the checkpoint and is 1e-05 now" in capsys.readouterr().err
+
+
+def test_a_wrong_value_for_another_library_is_the_configs_fault(run, config, capsys):
+    run(config, "optimizer.lr=-1", code=2)
+    assert "Invalid learning rate" in capsys.readouterr().err
+
+
+def test_the_same_folder_named_in_two_ways_is_one(run, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = f"checkpointer.output_dir={tmp_path}/run"
+    assert run(config, "output_dir=run", folder, "max_steps_per_epoch=1")

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 
 from mytune.errors import CheckpointError, ConfigError, ResourceError, TuneError
 from mytune.tokenizers import Llama3Tokenizer, llama3_tokenizer
+from mytune.tokenizers.files import find_tokenizer
 from mytune.tokenizers.llama3 import SPECIAL_TOKENS
 
 NAMED = ["bos_id", "eos_id", "pad_id", "eom_id", "eot_id", "start_header_id", "python_tag_id"]
@@ -105,8 +106,15 @@ def test_a_missing_file_is_answered_with_what_is_there(tmp_path: Path, tiny_file
     assert "config.json" in message and "original/tokenizer.model" in message
     assert "tokenizer.path" in message and refusal(ConfigError, tmp_path).count("config.json") == 1
     assert "does not exist" in refusal(ConfigError, tmp_path / "nowhere" / "tokenizer.model")
+
+
+def test_a_tokenizer_in_original_is_found_from_the_folder_above(
+    tmp_path: Path, tiny_file: Path
+) -> None:
+    """Hugging Face's repositories keep Meta's file there, tutorials name it without."""
     there = copy(tiny_file, tmp_path / "original" / "tokenizer.model")
-    assert f"did you mean {str(there)!r}" in refusal(ConfigError, tmp_path / "tokenizer.model")
+    assert find_tokenizer(tmp_path / "tokenizer.model") == there
+    assert find_tokenizer(tmp_path) == there
 
 
 LINES = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]

@@ -6,6 +6,7 @@ torch's `load_state_dict` casts float32 state to a bfloat16 parameter's type; th
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from mytune.errors import CheckpointError, ConfigError
+
+log = logging.getLogger("mytune")
 
 # How a step is computed, not what: these stay as the config of the resumed run has them.
 _IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}
@@ -65,12 +68,27 @@ def load_optimizer_state(
     own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     _demand_same(own, optimizer, said)
     for group, saved in zip(optimizer.param_groups, said["groups"], strict=True):
-        group.update({k: _decode(v, tensors, Tensor.clone) for k, v in saved["settings"].items()})
+        settings = {k: _decode(v, tensors, Tensor.clone) for k, v in saved["settings"].items()}
+        _take_settings(group, settings)
         for name in set(saved["params"]) & said["state"].keys():
             optimizer.state[parameters[name]] = {
                 key: _decode(value, tensors, _placing(parameters[name], key, group))
                 for key, value in said["state"][name].items()
             }
+
+
+def _take_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Take a group's saved settings, but what the config has changed since: that wins."""
+    fresh = {key: value for key, value in group.items() if key in saved and key != "params"}
+    group.update(saved)
+    for key, now in fresh.items():
+        was = saved.get("initial_lr", saved[key]) if key == "lr" else saved[key]
+        if isinstance(was, Tensor) or was == now:
+            continue
+        log.warning("optimizer.%s was %s in the checkpoint and is %s now", key, was, now)
+        group[key] = now
+        if key == "lr" and "initial_lr" in saved:
+            group.update(initial_lr=now, lr=saved["lr"] / was * now if was else now)
 
 
 def _demand_same(own: list[list[str]], optimizer: Optimizer, said: Mapping[str, Any]) -> None:
