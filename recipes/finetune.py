@@ -12,6 +12,7 @@ Copy it with `tune cp lora_finetune_single_device my_recipe.py` and change what 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -204,7 +205,7 @@ def main(cfg: Config) -> None:
         profiler = stack.enter_context(instantiate(cfg.profiler))
 
         load_model(cfg, model, checkpointer, resumed, device, dtype, seed)
-        optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
+        optimizer = make_optimizer(cfg, model)
         if resumed:
             load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
         lr_scheduler = instantiate(
@@ -416,6 +417,18 @@ def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtyp
     adapters = trained if adapter_state(model) else 0
     # AdamW keeps two numbers for each that trains.
     check_disk_space(checkpointer.output_dir, weights + adapters + 2 * trained)
+
+
+def make_optimizer(cfg: Config, model: Decoder) -> torch.optim.Optimizer:
+    """Give the parameters that train to the optimizer."""
+    optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"optimizer: {cfg.optimizer['_component_']} asks for a closure at each step, which "
+            "this recipe does not have; use one that steps once, such as torch.optim.AdamW"
+        )
+    return optimizer
 
 
 def remaining_steps(

@@ -225,6 +225,21 @@ def test_a_wrong_value_for_another_library_is_the_configs_fault(run, config, cap
     assert "Invalid learning rate" in capsys.readouterr().err
 
 
+def test_an_optimizer_that_needs_a_closure_is_refused(run, config, capsys):
+    config |= {"optimizer": {"_component_": "torch.optim.LBFGS"}}
+    run(config, code=2)
+    assert "asks for a closure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adafactor", "RMSprop", "NAdam"])
+def test_other_optimizers_train_and_resume(run, config, name):
+    config |= {"optimizer": {"_component_": f"torch.optim.{name}", "lr": 1e-3}}
+    config |= {"max_steps_per_epoch": 2}
+    straight = run({**config, "output_dir": config["output_dir"] + "_straight"}, "epochs=2")
+    run(config)
+    assert curve(run(config, "resume_from_checkpoint=True", "epochs=2")) == curve(straight)
+
+
 def test_the_same_folder_named_in_two_ways_is_one(run, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = f"checkpointer.output_dir={tmp_path}/run"
