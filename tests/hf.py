@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mytune.models.auto import sizes_from_hf
+from mytune.modules import Decoder
+
 LLAMA31_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -56,3 +59,14 @@ def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             name = name.replace(old, new, 1)
         renamed[name] = tensor
     return renamed
+
+
+def twins(**shape: Any) -> tuple[Decoder, LlamaForCausalLM]:
+    """Return our model and Hugging Face's with the same random weights."""
+    theirs = tiny_llama(**shape)
+    ours = Decoder(sizes_from_hf(theirs.config.to_dict())).eval()
+    weights = our_names(theirs.state_dict())
+    if ours.lm_head is None:
+        del weights["lm_head.weight"]
+    ours.load_state_dict(weights)
+    return ours, theirs

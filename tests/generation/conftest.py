@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from mytune.models import auto_model
-from mytune.models.auto import sizes_from_hf
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.modules import Decoder
 from mytune.tokenizers import Llama3Tokenizer
@@ -20,21 +18,9 @@ from mytune.training import (
     FullModelMetaCheckpointer,
     load_weights,
 )
-from tests.hf import our_names, tiny_llama
 
 # Weights so large that a random model's greedy text does not repeat itself.
 VARIED = {"initializer_range": 0.2}
-
-
-def twins(**shape: Any) -> tuple[Decoder, LlamaForCausalLM]:
-    """Return our model and Hugging Face's with the same random weights."""
-    theirs = tiny_llama(**shape)
-    ours = Decoder(sizes_from_hf(theirs.config.to_dict())).eval()
-    weights = our_names(theirs.state_dict())
-    if ours.lm_head is None:
-        del weights["lm_head.weight"]
-    ours.load_state_dict(weights)
-    return ours, theirs
 
 
 @pytest.fixture(params=["hf", "meta"])

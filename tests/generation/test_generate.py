@@ -9,7 +9,8 @@ from mytune.errors import ConfigError, NumericalError
 from mytune.generation import generate, pack_linears
 from mytune.generation.generate import _decode
 from mytune.generation.packing import PackedLinear
-from tests.generation.conftest import VARIED, twins
+from tests.generation.conftest import VARIED
+from tests.hf import twins
 
 
 def text_of(tokenizer, tokens):

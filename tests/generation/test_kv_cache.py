@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mytune.generation import KVCache, generate
-from tests.generation.conftest import VARIED, twins
+from tests.generation.conftest import VARIED
+from tests.hf import twins
 
 
 def cache_for(model, batch_size, length):

@@ -10,8 +10,8 @@ import torch
 from mytune.errors import CheckpointError, ConfigError
 from mytune.models import auto, llama3, llama3_1, llama3_2, llama3_3
 from mytune.models.auto import sizes_from_hf, sizes_from_meta
-from mytune.modules.decoder import Decoder, document_mask, rope_frequencies
-from tests.hf import LLAMA31_ROPE, our_names, tiny_llama
+from mytune.modules.decoder import document_mask, rope_frequencies
+from tests.hf import LLAMA31_ROPE, our_names, tiny_llama, twins
 
 SHAPES = {
     "grouped": {},
@@ -26,19 +26,9 @@ SHAPES = {
 }
 
 
-def pair(**shape):
-    theirs = tiny_llama(**shape)
-    ours = Decoder(sizes_from_hf(theirs.config.to_dict())).eval()
-    weights = our_names(theirs.state_dict())
-    if ours.lm_head is None:
-        del weights["lm_head.weight"]
-    ours.load_state_dict(weights)
-    return ours, theirs
-
-
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_logits_equal_hugging_face(shape):
-    ours, theirs = pair(**shape)
+    ours, theirs = twins(**shape)
     tokens = torch.randint(0, 160, (2, 100), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(tokens).logits
@@ -48,7 +38,7 @@ def test_logits_equal_hugging_face(shape):
 
 @pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
 def test_gradients_equal_hugging_face(shape):
-    ours, theirs = pair(**shape)
+    ours, theirs = twins(**shape)
     tokens = torch.randint(0, 160, (2, 40), generator=torch.Generator().manual_seed(1))
     weight = torch.randn(2, 40, 160, generator=torch.Generator().manual_seed(2))
     (ours(tokens) * weight).sum().backward()
@@ -60,15 +50,15 @@ def test_gradients_equal_hugging_face(shape):
 
 
 def test_scaled_rope_differs_from_plain():
-    ours, _ = pair(rope_parameters={**LLAMA31_ROPE, "rope_theta": 500_000.0})
-    plain, _ = pair()
+    ours, _ = twins(rope_parameters={**LLAMA31_ROPE, "rope_theta": 500_000.0})
+    plain, _ = twins()
     a, b = (rope_frequencies(m.config, torch.device("cpu")) for m in (ours, plain))
     assert torch.equal(a[0], b[0]) and torch.allclose(a[-1], b[-1] / 8)
     assert not torch.equal(a, b)
 
 
 def test_packed_documents_give_the_logits_they_give_alone():
-    ours, _ = pair()
+    ours, _ = twins()
     first, second = torch.arange(3, 40)[None], torch.arange(50, 63)[None]
     tokens = torch.cat((first, second), dim=1)
     positions = torch.cat((torch.arange(37), torch.arange(13)))[None]
