@@ -20,20 +20,12 @@ import torch
 from mytune.config import Component, instantiate
 from mytune.errors import ConfigError
 from mytune.generation import check_prompt, check_sampling, generate, pack_linears
-from mytune.modules import (
-    Decoder,
-    adapter_state,
-    apply_lora,
-    lora_config_from_peft,
-    merged_weights,
-)
-from mytune.quantization import NF4Linear
+from mytune.modules import Decoder
 from mytune.tokenizers import Message, ModelTokenizer, StreamDecoder
 from mytune.training import (
     get_device,
     get_dtype,
-    load_adapters,
-    load_weights,
+    load_for_inference,
     log,
     memory_stats,
     set_deterministic,
@@ -103,7 +95,7 @@ def main(cfg: Config) -> int:
     if len(prompt_ids) + cfg.max_new_tokens > model.config.max_seq_len:
         log.warning("the text will end at the model's %d positions", model.config.max_seq_len)
 
-    model = load_model(model, checkpointer, device, dtype)
+    model = load_for_inference(model, checkpointer, device, dtype)
     bytes_read = bytes_per_token(model)
     pack_linears(model)
 
@@ -138,33 +130,6 @@ def tokenize_prompt(prompt: Any, tokenizer: ModelTokenizer) -> list[int]:
         )
     messages = [Message(role, str(prompt[role])) for role in roles if prompt.get(role)]
     return tokenizer.tokenize_messages(messages, add_generation_prompt=True)[0]
-
-
-def load_model(
-    model: Decoder, checkpointer: Any, device: torch.device, dtype: torch.dtype
-) -> Decoder:
-    """Fill a model on the meta device with weights, and with the adapter if there is one.
-
-    An adapter is merged into the weights, on the CPU and one by one, unless those are 4-bit.
-    """
-    adapter = checkpointer.adapter_weights()
-    if adapter is None and adapter_state(model):
-        raise ConfigError(
-            "model has adapters, but there are none to load: name one in "
-            "checkpointer.adapter_checkpoint, or use the builder without lora_ or qlora_"
-        )
-    if adapter is not None and not adapter_state(model):
-        apply_lora(model, lora_config_from_peft(adapter[1]))
-    merge = adapter is not None and not any(isinstance(m, NF4Linear) for m in model.modules())
-    home = torch.device("cpu") if merge else device
-    load_weights(model, checkpointer.weights(model.config), home, dtype)
-    load_adapters(model, adapter, home, seed=0)
-    if merge:
-        with torch.device("meta"):
-            plain = Decoder(model.config)
-        load_weights(plain, merged_weights(model), device, dtype)
-        model = plain
-    return model.eval()
 
 
 def bytes_per_token(model: Decoder) -> int:

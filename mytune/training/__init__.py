@@ -20,6 +20,7 @@ _WHERE = {
     "world_size": "distributed",
     "check_finite": "grad",
     "clip_grad_norm": "grad",
+    "load_for_inference": "inference",
     "get_constant_schedule_with_warmup": "lr_schedulers",
     "get_cosine_schedule_with_warmup": "lr_schedulers",
     "get_linear_schedule_with_warmup": "lr_schedulers",
