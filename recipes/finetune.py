@@ -62,6 +62,7 @@ from mytune.training import (
     refuse_other_run,
     remove_other_run,
     reshard,
+    restarts,
     seed_step,
     set_deterministic,
     set_seed,
@@ -194,7 +195,7 @@ def main(cfg: Config) -> None:
 
     with ExitStack() as stack:
         stack.enter_context(process_group(device, cfg.distributed_timeout))
-        resume = cfg.resume_from_checkpoint or checkpointer.resume
+        resume = cfg.resume_from_checkpoint or checkpointer.resume or restarts() > 0
         own_output_dirs(stack, cfg, checkpointer, resume)
         resumed = checkpointer.latest() if resume else None
         if resume and not resumed:
@@ -341,6 +342,11 @@ def make_loader(
         world_size=world_size(),
         max_steps_per_epoch=cfg.max_steps_per_epoch,
     )
+    if len(loader.dataset) < world_size():
+        raise ConfigError(
+            f"there are {world_size()} processes, but {len(loader.dataset)} rows to train on; "
+            "start fewer processes (--nproc_per_node)"
+        )
     log.info("data: %s, %d steps per epoch", loader.dataset.stats, loader.steps_per_epoch)
     return loader
 

@@ -15,6 +15,7 @@ _WHERE = {
     "use_fast_float32_matmul": "device",
     "all_sum": "distributed",
     "process_group": "distributed",
+    "restarts": "distributed",
     "rank": "distributed",
     "sum_gradients": "distributed",
     "parallel_dims": "sharding",
