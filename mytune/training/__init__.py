@@ -3,6 +3,9 @@
 from mytune._lazy import lazy_names
 
 _WHERE = {
+    "checkpoint_activations": "activations",
+    "offload_activations": "activations",
+    "recomputed_blocks": "activations",
     "FullModelHFCheckpointer": "checkpointing",
     "FullModelMetaCheckpointer": "checkpointing",
     "FullModelTorchTuneCheckpointer": "checkpointing",
@@ -38,12 +41,10 @@ _WHERE = {
     "StdoutLogger": "metric_logging",
     "TensorBoardLogger": "metric_logging",
     "WandBLogger": "metric_logging",
-    "checkpoint_activations": "prepare",
     "compile_blocks": "prepare",
     "count_parameters": "prepare",
     "load_adapters": "prepare",
     "load_weights": "prepare",
-    "offload_activations": "prepare",
     "setup_torch_profiler": "profiler",
     "ProgressBar": "progress",
     "log": "progress",
