@@ -24,24 +24,36 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     """
     if max_norm is not None and not max_norm > 0:
         raise ConfigError(f"clip_grad_norm is {max_norm}; it must be above 0, or null for none")
-    meshes: dict[object, list[Tensor]] = {}
-    for parameter in parameters:  # torch cannot mix sharded and whole tensors in one operation
-        if parameter.grad is not None:
-            meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    norms = [_grad_norm(group) for group in meshes.values()] or [torch.zeros(())]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    meshes = _by_mesh(p for p in parameters if p.grad is not None)
+    norm = total_norm([each for group in meshes for each in grad_norms(group)])
     if max_norm is not None and math.isfinite(max_norm):
-        for group in meshes.values():
+        for group in meshes:
             clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 
-def _grad_norm(parameters: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients, whole on every rank."""
+def grad_norms(parameters: list[Tensor]) -> list[Tensor]:
+    """Return the float32 norm of each gradient; of a sharded one a sharded norm."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    return total.full_tensor() if isinstance(total, DTensor) else total
+    return list(torch._foreach_norm(grads, 2, dtype=torch.float32))
+
+
+def total_norm(norms: Sequence[Tensor]) -> Tensor:
+    """Return the norm of everything whose norms these are, whole on every rank; 0 of nothing."""
+    parts = [torch.linalg.vector_norm(torch.stack(group)) for group in _by_mesh(norms)]
+    whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+    if len(whole) == 1:
+        only: Tensor = whole[0]
+        return only
+    return torch.linalg.vector_norm(torch.stack(whole or [torch.zeros(())]))
+
+
+def _by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Group tensors by what they are sharded over: torch cannot mix these in one operation."""
+    meshes: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        meshes.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+    return list(meshes.values())
 
 
 def check_finite(
@@ -58,8 +70,8 @@ def check_finite(
     if not all(map(math.isfinite, values)):
         seen = f" (rows {reprlib.repr(list(rows))} of the data)" if rows else ""
         raise NumericalError(
-            f"step {step}: loss is {values[0]}, grad_norm is {values[1]}{seen}; the step was not "
-            "taken, the last checkpoint stays; lower optimizer.lr, set clip_grad_norm=1.0, or look "
-            "at these rows"
+            f"step {step}: loss is {values[0]}, grad_norm is {values[1]}{seen}; nothing of "
+            "this step was kept, the last checkpoint stays; lower optimizer.lr, set "
+            "clip_grad_norm=1.0, or look at these rows"
         )
     return values[0], values[1]
