@@ -40,12 +40,14 @@ def grad_norms(parameters: list[Tensor]) -> list[Tensor]:
 
 def total_norm(norms: Sequence[Tensor]) -> Tensor:
     """Return the norm of everything whose norms these are, whole on every rank; 0 of nothing."""
-    parts = [torch.linalg.vector_norm(torch.stack(group)) for group in _by_mesh(norms)]
-    whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
-    if len(whole) == 1:
-        only: Tensor = whole[0]
-        return only
-    return torch.linalg.vector_norm(torch.stack(whole or [torch.zeros(())]))
+    parts: list[Tensor] = []
+    for group in _by_mesh(norms):
+        part = torch.linalg.vector_norm(torch.stack(group))
+        parts.append(part.full_tensor() if isinstance(part, DTensor) else part)
+    if len(parts) == 1:
+        return parts[0]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(parts or [torch.zeros(())]))
+    return total
 
 
 def _by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
