@@ -12,7 +12,6 @@ Copy it with `tune cp lora_finetune_single_device my_recipe.py` and change what 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -37,10 +36,13 @@ from mytune.training import (
     MetricLoggers,
     ProgressBar,
     Published,
+    StepInBackward,
     StopSignal,
     all_sum,
     check_disk_space,
     check_finite,
+    check_optimizer,
+    check_step_in_backward,
     checkpoint_activations,
     clip_grad_norm,
     compile_blocks,
@@ -59,10 +61,13 @@ from mytune.training import (
     parallel_dims,
     process_group,
     rank,
+    recomputed_blocks,
     refuse_other_run,
+    refuse_replicated,
     remove_other_run,
     reshard,
     restarts,
+    reset_peak_memory,
     seed_step,
     set_deterministic,
     set_seed,
@@ -148,8 +153,16 @@ class Config:
     compile: bool = False
     # Keep only each block's input and recompute the rest in the backward pass: less memory.
     enable_activation_checkpointing: bool = False
+    # Which blocks do so: full (all), selective (see ac_option) or auto (as many as memory demands).
+    ac_mode: str | None = None
+    # With ac_mode=selective: n for every n-th block, op for all blocks but their products.
+    ac_option: int | str | None = None
     # Keep in the CPU's memory what the backward pass needs.
     enable_activation_offloading: bool = False
+    # Copy it beside the computation, on a stream of its own (cuda only).
+    activation_offloading_use_streams: bool = True
+    # Step the optimizer in the backward pass and free each gradient at once: less memory.
+    optimizer_in_bwd: bool = False
 
     # Ranks that share one copy of the model (FSDP2); -1: all, 1: each holds it whole, which is what
     # LoRA does by default where it fits.
@@ -191,6 +204,7 @@ def main(cfg: Config) -> None:
     dtype = get_dtype(cfg.dtype, device)
     set_deterministic(cfg.cudnn_deterministic_mode)
     use_fast_float32_matmul(device)
+    check_levers(cfg, device)
     checkpointer = instantiate(cfg.checkpointer)
 
     with ExitStack() as stack:
@@ -226,7 +240,8 @@ def main(cfg: Config) -> None:
         profiler = stack.enter_context(instantiate(cfg.profiler))
 
         load_model(cfg, model, checkpointer, resumed, device, dtype, seed)
-        optimizer = make_optimizer(cfg, model)
+        optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
+        in_backward = StepInBackward(optimizer) if cfg.optimizer_in_bwd else None
         if resumed:
             load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
         lr_scheduler = instantiate(
@@ -244,6 +259,7 @@ def main(cfg: Config) -> None:
         model.train()
         stop = stack.enter_context(StopSignal())
         progress = stack.enter_context(ProgressBar(total_steps, done=step))
+        reset_peak_memory(device)  # what is logged is the training's, not the loading's
         trained_tokens, seconds = resumed.state["totals"] if resumed else (0, 0.0)
         lap = time.perf_counter()
         for epoch, micro_batches in remaining_steps(loader, step, cfg.epochs):
@@ -253,12 +269,18 @@ def main(cfg: Config) -> None:
             for batch in micro_batches:
                 last = batch is micro_batches[-1]
                 sync_gradients(model, last or cfg.fsdp_sync_every_micro_batch)
-                with offload_activations(model, cfg.enable_activation_offloading):
+                with offload_activations(
+                    model, cfg.enable_activation_offloading, cfg.activation_offloading_use_streams
+                ):
                     part = loss_fn(model, to_device(batch, device)) / max(tokens, 1)
                 part.backward()
                 loss += part.detach()
             sum_gradients(model.parameters())
-            norm = clip_grad_norm(model.parameters(), cfg.clip_grad_norm)
+            norm = (
+                in_backward.grad_norm()
+                if in_backward
+                else clip_grad_norm(model.parameters(), cfg.clip_grad_norm)
+            )
             rows = [row for batch in micro_batches for row in batch["rows"].tolist()]
             loss_value, grad_norm = check_finite(
                 all_sum(loss, device), norm, step=step + 1, rows=rows
@@ -312,6 +334,15 @@ def check_counts(cfg: Config) -> None:
         raise ConfigError(f"{', '.join(low)}; it must be at least 1")
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
         raise ConfigError(f"clip_grad_norm is {cfg.clip_grad_norm}; it must be above 0, or null")
+
+
+def check_levers(cfg: Config, device: torch.device) -> None:
+    """Refuse what saves memory where it cannot work, before anything is loaded."""
+    recomputed_blocks(1, cfg.enable_activation_checkpointing, cfg.ac_mode, cfg.ac_option)
+    check_step_in_backward(
+        cfg.optimizer, cfg.optimizer_in_bwd, cfg.gradient_accumulation_steps, cfg.clip_grad_norm
+    )
+    check_optimizer(cfg.optimizer, device)
 
 
 def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any, resume: bool) -> None:
@@ -430,9 +461,12 @@ def load_model(
     seed: int,
 ) -> None:
     """Prepare the model for training and fill it, tensor by tensor."""
-    checkpoint_activations(model, cfg.enable_activation_checkpointing)
+    rule = (cfg.enable_activation_checkpointing, cfg.ac_mode, cfg.ac_option)
+    blocks = recomputed_blocks(model.config.num_layers, *rule)
+    checkpoint_activations(model, blocks, keep_products=cfg.ac_option == "op")
     compile_blocks(model, cfg.compile)
     shard(cfg, model, device)
+    refuse_replicated(model, cfg.optimizer_in_bwd)
     has_adapters = bool(adapter_state(model))
     weights = (checkpointer if has_adapters or not resumed else resumed).weights(model.config)
     load_weights(model, weights, device, dtype)
@@ -466,18 +500,6 @@ def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtyp
     adapters = trained if adapter_state(model) else 0
     # AdamW keeps two numbers for each that trains.
     check_disk_space(checkpointer.output_dir, weights + adapters + 2 * trained)
-
-
-def make_optimizer(cfg: Config, model: Decoder) -> torch.optim.Optimizer:
-    """Give the parameters that train to the optimizer."""
-    optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ConfigError(
-            f"optimizer: {cfg.optimizer['_component_']} asks for a closure at each step, which "
-            "this recipe does not have; use one that steps once, such as torch.optim.AdamW"
-        )
-    return optimizer
 
 
 def remaining_steps(

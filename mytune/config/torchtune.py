@@ -32,16 +32,12 @@ RETIRED = {
     "low_cpu_ram": Retired(None, "weights are always memory-mapped"),
     "custom_sharded_layers": Retired(None, _WHOLE),
     "memory_efficient_fsdp_wrap": Retired(None, _WHOLE),
-    "optimizer_in_bwd": Retired(None, "it saves memory, never changes a result; not there yet"),
     "fsdp": Retired(None, "torchtune 0.6 ignores it too"),
     "fsdp_cpu_offload": Retired(None, _WHOLE),
     "fsdp_reshard_after_forward": Retired(None, _WHOLE),
     "enable_async_checkpointing": Retired(
         None, "it changes when a file is written, never what is in it"
     ),
-    "activation_offloading_use_streams": Retired(None, "it changes speed, never a result"),
-    "ac_mode": Retired(None, "enable_activation_checkpointing decides"),
-    "ac_option": Retired(None, "enable_activation_checkpointing decides"),
     "collate_fn": Retired(
         (None, "mytune.datasets.padded_collate_sft"), "batches are made in one way"
     ),
