@@ -1,0 +1,213 @@
+"""What a run will take, before it is run: memory by part, whether it fits, what would make it fit.
+
+The step itself is simulated (`simulate.py`); here are the weights, the optimizer, the ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mytune.config import Component
+from mytune.modules.decoder import Decoder
+from mytune.modules.lora import is_adapter
+from mytune.training.activations import checkpoint_activations
+from mytune.training.optimizer_size import optimizer_size
+from mytune.training.prepare import count_parameters
+from mytune.training.partition import partition_blocks
+from mytune.training.simulate import kernels_of, meta_batch, set_meta_dtype, simulate_step
+
+Loss = Callable[[Any, Any], Tensor]
+
+GIB = 2**30
+# What CUDA's context and libraries take of a device, and what the allocator cannot use of the rest;
+# on the CPU, what Python and torch take.
+_CONTEXT = {"cpu": 0.4 * GIB}
+_OTHER_CONTEXT = 0.6 * GIB
+_UNUSABLE = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What of a run decides how much memory it takes; defaults are a plain run on one device."""
+
+    optimizer: Component
+    dtype: torch.dtype
+    batch_size: int
+    seq_len: int
+    device: str = "cuda"
+    # Several documents in a row, which takes a mask.
+    packed: bool = False
+    gradient_accumulation_steps: int = 1
+    # Numbers of the blocks that are recomputed, and whether they keep their products.
+    recompute: Collection[int] = ()
+    keep_products: bool = False
+    offload: bool = False
+    compile: bool = False
+    optimizer_in_bwd: bool = False
+    # Ranks that a parameter is cut over; whether blocks are given back after their forward pass.
+    shard_ranks: int = 1
+    reshard: bool = True
+    # Shards, gradients and optimizer state wait in the CPU's memory.
+    cpu_offload: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on each device at the peak of a step, by part; `memory` is what the device has."""
+
+    parts: dict[str, int]
+    moment: str
+    device: str
+    memory: int | None = None
+
+    @property
+    def peak(self) -> int:
+        """What tensors take at the peak: `torch.cuda.max_memory_allocated`."""
+        return sum(self.parts.values())
+
+    @property
+    def reserve(self) -> int:
+        """What the device's context and the allocator take beside tensors."""
+        return int(_CONTEXT.get(self.device, _OTHER_CONTEXT) + _UNUSABLE * self.peak)
+
+    @property
+    def needed(self) -> int:
+        return self.peak + self.reserve
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has room; None if its memory is unknown."""
+        return None if self.memory is None else self.needed <= self.memory
+
+
+def plan_memory(
+    model: Decoder, loss_fn: Loss, settings: StepSettings, memory: int | None = None
+) -> MemoryPlan:
+    """Return what a step of `model` takes on each device; nothing is allocated.
+
+    Args:
+        model: on the meta device, as built: not recomputed, compiled or sharded. It is not changed.
+        loss_fn: called with model and batch, as in the run.
+        memory: bytes of a device, for `MemoryPlan.fits`.
+    """
+    ranks = settings.shard_ranks
+    model = copy.deepcopy(model)
+    set_meta_dtype(model, settings.dtype)
+    resident = _resident(model, settings)
+    gathered = _gathered(model, settings)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    optimizer = optimizer_size(
+        settings.optimizer, model, settings.device, settings.optimizer_in_bwd
+    )
+    step, moment = _simulate(model, loss_fn, settings)
+
+    on_device = 0.0 if settings.cpu_offload else 1 / ranks
+    resident["optimizer state"] = int(optimizer.state * on_device)
+    gradients = 0 if settings.optimizer_in_bwd else int(trained * on_device)
+    update = {"gradients": gradients, "working": int(optimizer.step * on_device)}
+    if sum(update.values()) > sum(step.values()) + gathered:
+        step, moment, gathered = update, "optimizer", 0
+    parts = {**resident, **step, "gathered": gathered}
+    return MemoryPlan(parts, moment, settings.device, memory)
+
+
+def _resident(model: nn.Module, settings: StepSettings) -> dict[str, int]:
+    """Return the bytes of weights and adapters that stay on a device."""
+    sizes = {"weights": 0, "adapters": 0}
+    for name, parameter in model.named_parameters():
+        sizes["adapters" if is_adapter(name) else "weights"] += parameter.nbytes
+    share = 0.0 if settings.cpu_offload else 1 / settings.shard_ranks
+    return {part: int(size * share) for part, size in sizes.items()}
+
+
+def _gathered(model: Decoder, settings: StepSettings) -> int:
+    """Return the bytes of whole parameters and gradients that sharding needs beside the shards.
+
+    The block at work and the next one, of what trains their gradients, too; and what is outside
+    blocks, from the forward pass to the end of the backward pass.
+    """
+    if settings.shard_ranks == 1:
+        return 0
+    blocks = [_whole(layer) for layer in model.layers]
+    outside = _whole(model) - sum(blocks)
+    return outside + (2 * max(blocks) if settings.reshard else sum(blocks))
+
+
+def _whole(module: nn.Module) -> int:
+    return sum(p.nbytes * (1 + p.requires_grad) for p in module.parameters())
+
+
+def _simulate(
+    model: Decoder, loss_fn: Loss, settings: StepSettings
+) -> tuple[dict[str, int], str]:
+    model.train()
+    if settings.compile:
+        batch = meta_batch(settings.batch_size, settings.seq_len, settings.packed)
+        with kernels_of(settings.device, compiled=True):
+            partition_blocks(model, lambda: loss_fn(model, batch))
+    checkpoint_activations(model, settings.recompute, settings.keep_products)
+    return simulate_step(
+        model,
+        loss_fn,
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+        packed=settings.packed,
+        device=settings.device,
+        accumulate=settings.gradient_accumulation_steps > 1,
+        offload=settings.offload,
+        optimizer_in_bwd=settings.optimizer_in_bwd,
+        gradient_share=0.0 if settings.cpu_offload else 1 / settings.shard_ranks,
+    )
+
+
+def fewest_recomputed_blocks(
+    model: Decoder, loss_fn: Loss, settings: StepSettings, memory: int
+) -> range:
+    """Return the blocks to recompute so that a step fits: as few as possible, all if none fits.
+
+    They are the first ones: when their turn to be recomputed comes in the backward pass, the later
+    ones, which are not, have let go of what they kept.
+    """
+
+    def spare(count: int) -> int:
+        tried = replace(settings, recompute=range(count))
+        return memory - plan_memory(model, loss_fn, tried).needed
+
+    few, many = 0, len(model.layers)
+    room, room_of_all = spare(few), spare(many)
+    if room >= 0:
+        return range(few)
+    if room_of_all < 0:
+        return range(many)
+    while many - few > 1:  # memory is nearly linear in the blocks, so the first guess is good
+        guess = few + round((many - few) * -room / (room_of_all - room))
+        guess = min(max(guess, few + 1), many - 1)
+        found = spare(guess)
+        if found >= 0:
+            many, room_of_all = guess, found
+        else:
+            few, room = guess, found
+    return range(many)
+
+
+def device_memory(device: torch.device, given_gib: float | None = None) -> int | None:
+    """Return the bytes of memory of a device, or those given; None if it is not known."""
+    if given_gib is not None:
+        return int(given_gib * GIB)
+    if device.type in ("cuda", "xpu"):
+        module = torch.get_device_module(device)
+        there = module.is_available()
+        return int(module.get_device_properties(device).total_memory) if there else None
+    if device.type == "mps":
+        there = torch.backends.mps.is_available()
+        return int(torch.mps.recommended_max_memory()) if there else None
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
