@@ -30,7 +30,8 @@ def optimizer_size(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     name = str(optimizer["_component_"]).rpartition(".")[2]
-    state, settings = 0.0, {}
+    state = 0.0
+    settings: dict[str, object] = {}
     if not name.startswith(("Paged", "CPUOffload")):
         for dtype in {p.dtype for p in trained}:
             per_element, settings = _measure(optimizer, dtype)

@@ -6,7 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from functorch.compile import aot_function, min_cut_rematerialization_partition, nop
+from functorch.compile import (  # type: ignore[import-untyped]
+    aot_function,
+    min_cut_rematerialization_partition,
+    nop,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,7 @@ from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
 from mytune.training.activations import checkpoint_activations
 from mytune.training.optimizer_size import optimizer_size
-from mytune.training.prepare import count_parameters
-from mytune.training.partition import partition_blocks
-from mytune.training.simulate import kernels_of, meta_batch, set_meta_dtype, simulate_step
+from mytune.training.simulate import Peak, kernels_of, meta_batch, set_meta_dtype, simulate_step
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -56,13 +54,28 @@ class StepSettings:
     reshard: bool = True
     # Shards, gradients and optimizer state wait in the CPU's memory.
     cpu_offload: bool = False
+    # Whole gradients are kept until the last micro-batch, then summed over ranks once.
+    sync_every_micro_batch: bool = False
+
+    @property
+    def share(self) -> float:
+        """The part of parameters and their optimizer state that a device keeps."""
+        return 0.0 if self.cpu_offload and self.shard_ranks > 1 else 1 / self.shard_ranks
+
+    @property
+    def accumulates(self) -> bool:
+        return self.gradient_accumulation_steps > 1
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each device at the peak of a step, by part; `memory` is what the device has."""
+    """Bytes on each device at the peak of a step, by part, and the most of each at any time.
+
+    `moment` is the phase that the peak is in, `memory` what the device has.
+    """
 
     parts: dict[str, int]
+    most: dict[str, int]
     moment: str
     device: str
     memory: int | None = None
@@ -97,7 +110,6 @@ def plan_memory(
         loss_fn: called with model and batch, as in the run.
         memory: bytes of a device, for `MemoryPlan.fits`.
     """
-    ranks = settings.shard_ranks
     model = copy.deepcopy(model)
     set_meta_dtype(model, settings.dtype)
     resident = _resident(model, settings)
@@ -106,16 +118,18 @@ def plan_memory(
     optimizer = optimizer_size(
         settings.optimizer, model, settings.device, settings.optimizer_in_bwd
     )
-    step, moment = _simulate(model, loss_fn, settings)
+    step = _simulate(model, loss_fn, settings)
 
-    on_device = 0.0 if settings.cpu_offload else 1 / ranks
-    resident["optimizer state"] = int(optimizer.state * on_device)
-    gradients = 0 if settings.optimizer_in_bwd else int(trained * on_device)
-    update = {"gradients": gradients, "working": int(optimizer.step * on_device)}
-    if sum(update.values()) > sum(step.values()) + gathered:
-        step, moment, gathered = update, "optimizer", 0
-    parts = {**resident, **step, "gathered": gathered}
-    return MemoryPlan(parts, moment, settings.device, memory)
+    resident["optimizer state"] = int(optimizer.state * settings.share)
+    gradients = 0 if settings.optimizer_in_bwd else trained * settings.share
+    update = {"gradients": int(gradients), "working": int(optimizer.step * settings.share)}
+    most = {**resident, **step.most, "gathered": gathered}
+    most["gradients"] = max(most.get("gradients", 0), update["gradients"])
+    if sum(update.values()) > sum(step.parts.values()) + gathered:
+        parts, moment = {**resident, **update}, "optimizer"
+    else:
+        parts, moment = {**resident, **step.parts, "gathered": gathered}, step.moment
+    return MemoryPlan(parts, most, moment, settings.device, memory)
 
 
 def _resident(model: nn.Module, settings: StepSettings) -> dict[str, int]:
@@ -123,32 +137,46 @@ def _resident(model: nn.Module, settings: StepSettings) -> dict[str, int]:
     sizes = {"weights": 0, "adapters": 0}
     for name, parameter in model.named_parameters():
         sizes["adapters" if is_adapter(name) else "weights"] += parameter.nbytes
-    share = 0.0 if settings.cpu_offload else 1 / settings.shard_ranks
-    return {part: int(size * share) for part, size in sizes.items()}
+    return {part: int(size * settings.share) for part, size in sizes.items()}
 
 
 def _gathered(model: Decoder, settings: StepSettings) -> int:
-    """Return the bytes of whole parameters and gradients that sharding needs beside the shards.
+    """Return the bytes of whole weights and gradients that a device holds beside its shards.
 
-    The block at work and the next one, of what trains their gradients, too; and what is outside
-    blocks, from the forward pass to the end of the backward pass.
+    The block at work and the next one; the gradients of the one before, and their float32 sum on
+    its way; and, all the time, what is outside blocks.
     """
     if settings.shard_ranks == 1:
         return 0
-    blocks = [_whole(layer) for layer in model.layers]
-    outside = _whole(model) - sum(blocks)
-    return outside + (2 * max(blocks) if settings.reshard else sum(blocks))
+    blocks = [_nbytes(layer) for layer in model.layers]
+    trained = max(_nbytes(layer, trained=True) for layer in model.layers)
+    sums = max(
+        sum(4 * p.numel() for p in layer.parameters() if p.requires_grad) for layer in model.layers
+    )
+    outside = _nbytes(model) - sum(blocks)
+    outside += _nbytes(model, trained=True) - sum(_nbytes(b, trained=True) for b in model.layers)
+    return outside + (2 * max(blocks) if settings.reshard else sum(blocks)) + trained + sums
 
 
-def _whole(module: nn.Module) -> int:
-    return sum(p.nbytes * (1 + p.requires_grad) for p in module.parameters())
+def _nbytes(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad or not trained)
 
 
-def _simulate(
-    model: Decoder, loss_fn: Loss, settings: StepSettings
-) -> tuple[dict[str, int], str]:
+def _kept_of_gradient(gradient: Tensor, settings: StepSettings) -> int:
+    """Return the bytes that a gradient takes from when it is there to the optimizer's step.
+
+    Whole ones that wait for the last micro-batch to be summed over ranks are float32.
+    """
+    if settings.shard_ranks > 1 and settings.accumulates and not settings.sync_every_micro_batch:
+        return 4 * gradient.numel()
+    return int(gradient.nbytes * settings.share)
+
+
+def _simulate(model: Decoder, loss_fn: Loss, settings: StepSettings) -> Peak:
     model.train()
     if settings.compile:
+        from mytune.training.partition import partition_blocks  # imports torch's compiler
+
         batch = meta_batch(settings.batch_size, settings.seq_len, settings.packed)
         with kernels_of(settings.device, compiled=True):
             partition_blocks(model, lambda: loss_fn(model, batch))
@@ -160,10 +188,10 @@ def _simulate(
         seq_len=settings.seq_len,
         packed=settings.packed,
         device=settings.device,
-        accumulate=settings.gradient_accumulation_steps > 1,
+        accumulate=settings.accumulates,
         offload=settings.offload,
         optimizer_in_bwd=settings.optimizer_in_bwd,
-        gradient_share=0.0 if settings.cpu_offload else 1 / settings.shard_ranks,
+        kept_of_gradient=lambda gradient: _kept_of_gradient(gradient, settings),
     )
 
 
@@ -195,6 +223,21 @@ def fewest_recomputed_blocks(
         else:
             few, room = guess, found
     return range(many)
+
+
+def fewest_ranks(model: Decoder, loss_fn: Loss, settings: StepSettings, memory: int) -> int | None:
+    """Return how many ranks must share the model so that a step fits; None if 1024 do not do.
+
+    Only powers of two are tried, as devices come in these.
+    """
+    alone = plan_memory(model, loss_fn, replace(settings, shard_ranks=1))
+    kept = ("weights", "adapters", "optimizer state")
+    shared = sum(alone.parts.get(part, 0) for part in kept)
+    for ranks in (2**n for n in range(1, 11)):
+        tried = replace(settings, shard_ranks=ranks)
+        if shared / ranks <= memory and plan_memory(model, loss_fn, tried, memory).fits:
+            return ranks
+    return None
 
 
 def device_memory(device: torch.device, given_gib: float | None = None) -> int | None:

@@ -6,13 +6,11 @@ kernels keep other tensors than the meta device's, a function of the same footpr
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-from unittest.mock import patch
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +36,14 @@ def set_meta_dtype(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
+class Peak(NamedTuple):
+    """Bytes by part when all are largest together, the phase it is in, and each part's own most."""
+
+    parts: dict[str, int]
+    moment: str
+    most: dict[str, int]
+
+
 def simulate_step(
     model: Decoder,
     loss_fn: Callable[[Any, Any], Tensor],
@@ -49,9 +55,9 @@ def simulate_step(
     accumulate: bool = False,
     offload: bool = False,
     optimizer_in_bwd: bool = False,
-    gradient_share: float = 1.0,
-) -> tuple[dict[str, int], str]:
-    """Return the bytes alive at the peak of a forward and backward pass, and in which of the two.
+    kept_of_gradient: Callable[[Tensor], int] | None = None,
+) -> Peak:
+    """Return what a forward and backward pass hold when they hold most.
 
     Weights and optimizer state are not counted. The parts: `activations`, made by the forward pass
     up to the last block; `loss`, from there to the loss; `working`, by the backward pass; and
@@ -63,7 +69,7 @@ def simulate_step(
         accumulate: gradients of an earlier micro-batch are there already.
         offload: what autograd saves is elsewhere.
         optimizer_in_bwd: a gradient is gone as soon as it is there.
-        gradient_share: the part of each parameter's gradient that this rank keeps.
+        kept_of_gradient: the bytes that one takes when it is there; its own if not given.
     """
     ledger = _Ledger()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -75,7 +81,7 @@ def simulate_step(
         if optimizer_in_bwd:
             parameter.grad = None
         else:
-            ledger.count(parameter.grad, "gradients", gradient_share)
+            ledger.count(parameter.grad, "gradients", kept_of_gradient)
 
     hooks += [p.register_post_accumulate_grad_hook(keep) for p in trained]
     batch = meta_batch(batch_size, seq_len, packed)
@@ -83,7 +89,7 @@ def simulate_step(
         for tensor in batch.values():
             ledger.count(tensor, "activations")
         for parameter in trained if accumulate else ():
-            ledger.count(parameter.grad, "gradients", gradient_share)
+            ledger.count(parameter.grad, "gradients", kept_of_gradient)
         with _elsewhere(model) if offload else _nothing():
             loss = loss_fn(model, batch)
         ledger.enter("working")
@@ -92,7 +98,7 @@ def simulate_step(
         hook.remove()
     for parameter in trained:
         parameter.grad = None
-    return dict(ledger.peak), ledger.moment
+    return Peak(dict(ledger.peak), ledger.moment, dict(ledger.most))
 
 
 def meta_batch(batch_size: int, seq_len: int, packed: bool) -> dict[str, Tensor]:
@@ -110,14 +116,17 @@ class _Ledger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()  # of each part alone
         self.moment = self.phase = "activations"
         self._held: dict[int, tuple[str, int]] = {}
 
     def enter(self, phase: str) -> None:
         self.phase = phase
 
-    def count(self, tensor: Tensor | None, part: str, share: float = 1.0) -> None:
-        """Enter a tensor's storage as `part`, or move it there."""
+    def count(
+        self, tensor: Tensor | None, part: str, size: Callable[[Tensor], int] | None = None
+    ) -> None:
+        """Enter a tensor's storage as `part`, or move it there; `size` says what it takes."""
         if tensor is None:
             return
         storage = tensor.untyped_storage()
@@ -126,7 +135,7 @@ class _Ledger(TorchDispatchMode):
             weakref.finalize(storage, self._drop, key)
         else:
             self.now.subtract(dict([self._held[key]]))
-        self._held[key] = part, math.ceil(storage.nbytes() * share)
+        self._held[key] = part, size(tensor) if size else storage.nbytes()
         self.now.update(dict([self._held[key]]))
         self._look()
 
@@ -134,6 +143,7 @@ class _Ledger(TorchDispatchMode):
         self.now.subtract(dict([self._held.pop(key)]))
 
     def _look(self, extra: int = 0) -> None:
+        self.most |= self.now + Counter({self.phase: extra})
         if self.now.total() + extra > self.peak.total():
             self.peak = self.now + Counter({self.phase: extra})
             self.moment = self.phase
@@ -143,7 +153,7 @@ class _Ledger(TorchDispatchMode):
     ) -> Any:
         for tensor in tree_leaves((args, kwargs)):  # a view of a weight is not new
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._held:
-                self.count(tensor, "activations", 0.0)
+                self.count(tensor, "activations", lambda _: 0)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._held:
@@ -201,8 +211,14 @@ def kernels_of(device: str, compiled: bool = False) -> Iterator[None]:
     stand_ins = dict(_CPU if device == "cpu" else _CUDA)
     if compiled:
         stand_ins.pop("rms_norm", None)
-    with patch.multiple(F, **stand_ins):
+    own = {name: getattr(F, name) for name in stand_ins}
+    try:
+        for name, function in stand_ins.items():
+            setattr(F, name, function)
         yield
+    finally:
+        for name, function in own.items():
+            setattr(F, name, function)
 
 
 class _FusedNorm(torch.autograd.Function):
