@@ -380,13 +380,10 @@ def plan_run(
     )
     memory, loss_fn = device_memory(device, cfg.device_memory), instantiate(cfg.loss)
     plan = plan_memory(model, loss_fn, settings, memory)
-    ranks = (
-        ranks
-        or parallel_dims(
-            cfg.data_parallel_shard_dim,
-            cfg.data_parallel_replicate_dim,
-            fits=bool(adapter_state(model)) and bool(plan.fits),
-        )[1]
+    _, ranks = parallel_dims(
+        cfg.data_parallel_shard_dim,
+        cfg.data_parallel_replicate_dim,
+        fits=bool(adapter_state(model)) and bool(plan.fits),
     )
     if ranks > 1:
         settings = replace(settings, shard_ranks=ranks)

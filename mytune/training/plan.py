@@ -233,7 +233,7 @@ def fewest_ranks(model: Decoder, loss_fn: Loss, settings: StepSettings, memory: 
     alone = plan_memory(model, loss_fn, replace(settings, shard_ranks=1))
     kept = ("weights", "adapters", "optimizer state")
     shared = sum(alone.parts.get(part, 0) for part in kept)
-    for ranks in (2**n for n in range(1, 11)):
+    for ranks in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
         tried = replace(settings, shard_ranks=ranks)
         if shared / ranks <= memory and plan_memory(model, loss_fn, tried, memory).fits:
             return ranks
