@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mytune.modules.decoder import Decoder, document_mask
+from mytune.modules.decoder import Decoder
+from mytune.modules.masks import packed_mask
 from mytune.quantization.nf4 import NF4Embedding, NF4Linear
 
 IGNORE_INDEX = -100
@@ -122,8 +123,12 @@ class LinearCrossEntropyLoss:
                 `positions` and `document_ids` [b, s]. `target_index` [n], the flat places of the
                 trained labels, spares the device a round trip.
         """
-        documents = batch.get("document_ids")
-        mask = None if documents is None else document_mask(documents)
+        documents, sizes = batch.get("document_ids"), model.config
+        mask = (
+            None
+            if documents is None
+            else packed_mask(documents, sizes.head_dim, sizes.attn_dropout)
+        )
         hidden = model(batch["tokens"], batch.get("positions"), mask, output_hidden=True)
         labels = batch["labels"].flatten()
         index = batch.get("target_index")
