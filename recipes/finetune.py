@@ -56,15 +56,19 @@ from mytune.training import (
     offload_activations,
     optimizer_state,
     output_dir_lock,
+    parallel_dims,
     process_group,
     rank,
     refuse_other_run,
     remove_other_run,
+    reshard,
     seed_step,
     set_deterministic,
     set_seed,
     setup_logging,
+    shard_model,
     sum_gradients,
+    sync_gradients,
     use_fast_float32_matmul,
     world_size,
     write_report,
@@ -100,6 +104,8 @@ class Config:
     save_adapter_weights_only: bool = False
     # Save step_N/ every n optimizer steps, beside the one at the end of each epoch.
     save_every_n_steps: int | None = None
+    # Write step_N/ while training goes on, and in it only what resuming needs.
+    enable_async_checkpointing: bool = False
 
     # Rows to train on; a list of datasets is concatenated.
     dataset: Components
@@ -143,6 +149,20 @@ class Config:
     enable_activation_checkpointing: bool = False
     # Keep in the CPU's memory what the backward pass needs.
     enable_activation_offloading: bool = False
+
+    # Ranks that share one copy of the model (FSDP2); -1: all, 1: each holds it whole, which is what
+    # LoRA does by default where it fits.
+    data_parallel_shard_dim: int | None = None
+    # Copies of the model that those ranks make up, for instance one per node.
+    data_parallel_replicate_dim: int | None = None
+    # Let go of a block's gathered weights until the backward pass: less memory, more messages.
+    fsdp_reshard_after_forward: bool = True
+    # Keep sharded weights, gradients and optimizer state in the CPU's memory.
+    fsdp_cpu_offload: bool = False
+    # Sum sharded gradients after every micro-batch, not once a step: less memory, more messages.
+    fsdp_sync_every_micro_batch: bool = False
+    # Seconds that a rank waits for the others before the run ends.
+    distributed_timeout: float = 600.0
     # Deterministic kernels: default, warn, or error where there is none.
     cudnn_deterministic_mode: str | int | None = None
 
@@ -173,7 +193,7 @@ def main(cfg: Config) -> None:
     checkpointer = instantiate(cfg.checkpointer)
 
     with ExitStack() as stack:
-        stack.enter_context(process_group(device))
+        stack.enter_context(process_group(device, cfg.distributed_timeout))
         resume = cfg.resume_from_checkpoint or checkpointer.resume
         own_output_dirs(stack, cfg, checkpointer, resume)
         resumed = checkpointer.latest() if resume else None
@@ -230,6 +250,8 @@ def main(cfg: Config) -> None:
             tokens = int(all_sum(count_targets(micro_batches), device))
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
+                last = batch is micro_batches[-1]
+                sync_gradients(model, last or cfg.fsdp_sync_every_micro_batch)
                 with offload_activations(model, cfg.enable_activation_offloading):
                     part = loss_fn(model, to_device(batch, device)) / max(tokens, 1)
                 part.backward()
@@ -271,6 +293,7 @@ def main(cfg: Config) -> None:
             if stopping:
                 break
             lap = time.perf_counter()
+        checkpointer.finish()
 
         report(cfg, checkpointer, logger, step, trained_tokens, seconds, model, device)
         if step < total_steps:
@@ -403,10 +426,30 @@ def load_model(
     """Prepare the model for training and fill it, tensor by tensor."""
     checkpoint_activations(model, cfg.enable_activation_checkpointing)
     compile_blocks(model, cfg.compile)
+    shard(cfg, model, device)
     has_adapters = bool(adapter_state(model))
     weights = (checkpointer if has_adapters or not resumed else resumed).weights(model.config)
     load_weights(model, weights, device, dtype)
     load_adapters(model, (resumed or checkpointer).adapter_weights(), device, seed)
+
+
+def shard(cfg: Config, model: Decoder, device: torch.device) -> None:
+    """Share the model out over the ranks, or let each hold it whole."""
+    replicate, ranks = parallel_dims(
+        cfg.data_parallel_shard_dim,
+        cfg.data_parallel_replicate_dim,
+        fits=bool(adapter_state(model)),
+    )
+    if world_size() > 1:
+        log.info("ranks: %d copies of the model, each shared by %d", replicate, ranks)
+    shard_model(
+        model,
+        device,
+        replicate=replicate,
+        shard=ranks,
+        reshard_after_forward=cfg.fsdp_reshard_after_forward,
+        cpu_offload=cfg.fsdp_cpu_offload,
+    )
 
 
 def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtype) -> None:
@@ -462,6 +505,7 @@ def validate(model: Decoder, loss_fn: Any, loader: BatchLoader, device: torch.de
         tokens += count_targets(micro_batches)
         for batch in micro_batches:
             loss += loss_fn(model, to_device(batch, device))
+    reshard(model)
     model.train()
     return all_sum(loss.item(), device) / max(all_sum(tokens, device), 1)
 
@@ -480,11 +524,14 @@ def save(
     """Publish a checkpoint: weights to use, adapter, and what resuming needs."""
     adapter = adapter_state(model)
     tensors, optimizer_json = optimizer_state(model, optimizer)
+    to_resume = cfg.enable_async_checkpointing and name.startswith("step_")
+    adapter_only = bool(adapter) and (cfg.save_adapter_weights_only or to_resume)
     checkpointer.save(
         name,
         step=step,
         dtype=dtype,
-        weights=None if adapter and cfg.save_adapter_weights_only else merged_weights(model),
+        weights=None if adapter_only or to_resume else merged_weights(model),
+        trained=dict(model.named_parameters()) if to_resume and not adapter else None,
         config=model.config,
         adapter=adapter,
         adapter_config=adapter_config(model),
@@ -496,6 +543,7 @@ def save(
             "totals": totals,
         },
         run={**run, "samples_seen": step * run["rows_per_step"]},
+        background=to_resume,
     )
 
 

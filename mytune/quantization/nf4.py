@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
+
+from mytune._sharded import own_rows, sharded_as, whole
 
 BLOCK = 64  # weights that share a scale
 GROUP = 256  # scales that share a step
@@ -108,7 +109,8 @@ def _levels_of(codes: Tensor, pairs: Tensor) -> Tensor:
 
 def _rows(tensor: Tensor, length: int) -> Tensor:
     """Cut a tensor into rows of `length`, the last one filled up with zeros."""
-    return F.pad(tensor.flatten(), (0, -tensor.numel() % length)).view(-1, length)
+    flat = F.pad(tensor.flatten(), (0, -tensor.numel() % length))
+    return flat.view(flat.numel() // length, length)
 
 
 @cache
@@ -191,27 +193,40 @@ class NF4Linear(nn.Module):
             )
 
     @torch.no_grad()
-    def quantize_(self, weight: Tensor) -> None:
-        """Take a full-precision weight [out, in]: its values, its device and its dtype.
+    def quantize_(
+        self,
+        weight: Tensor,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Take a full-precision weight [out, in], on a device and in a dtype: by default its own.
 
-        Where the parameters are sharded, every rank gives the whole weight and keeps its part.
+        Where the parameters are sharded, a rank reads and moves no more than what it keeps.
         """
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(
                 f"the weight is {list(weight.shape)}, not [{self.out_features}, {self.in_features}]"
             )
-        self.dtype = weight.dtype
-        for name, tensor in zip(("codes", "scales", "steps"), quantize_nf4(weight), strict=True):
-            old = getattr(self, name)
-            if isinstance(old, DTensor):
-                tensor = distribute_tensor(
-                    tensor, old.device_mesh, old.placements, src_data_rank=None
-                )
+        self.dtype = dtype or weight.dtype
+        flat = weight.detach().flatten()
+
+        def rows(parameter: Tensor, length: int) -> Tensor:
+            own = own_rows(parameter)
+            ends = (None if end is None else end * length for end in (own.start, own.stop))
+            return flat[slice(*ends)].to(device, self.dtype)
+
+        # A block's codes need that block alone, its scale the others of its group.
+        codes, scales, steps = quantize_nf4(rows(self.codes, BLOCK))
+        if own_rows(self.codes) != slice(None):
+            _, scales, steps = quantize_nf4(rows(self.scales, BLOCK * GROUP))
+        for name, tensor in (("codes", codes), ("scales", scales), ("steps", steps)):
+            tensor = sharded_as(getattr(self, name), tensor)
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def dequantize(self) -> Tensor:
-        """Return the weight [out, in] that the codes stand for."""
-        return dequantize_nf4(self.codes, self.scales, self.steps, self._shape, self.dtype)
+        """Return the weight [out, in] that the codes stand for, whole on every rank."""
+        codes, scales, steps = (whole(each) for each in (self.codes, self.scales, self.steps))
+        return dequantize_nf4(codes, scales, steps, self._shape, self.dtype)
 
     def slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield the weight in pieces: which outputs, and their rows [rows, in]; none is kept.

@@ -8,18 +8,21 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.utils import clip_grads_with_norm_
 
+from mytune._sharded import local
 from mytune.errors import ConfigError, NumericalError
+
+_PIECE = 2**13  # numbers whose squares are summed in one go on a CPU
 
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale gradients down to `max_norm` and return the norm that they had: a float32 scalar.
 
-    None and inf clip nothing; the norm is computed all the same. For float32 gradients this is
-    `torch.nn.utils.clip_grad_norm_` bit for bit; others are summed in float32. Sharded gradients
+    None and inf clip nothing; the norm is computed all the same. Gradients are summed in float32,
+    on a CPU in pieces: torch's own norm of a large tensor is 1e-4 too small there. Sharded ones
     count whole, so all ranks return the same. Does not wait for the device.
     """
     if max_norm is not None and not max_norm > 0:
@@ -28,7 +31,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     for parameter in parameters:  # torch cannot mix sharded and whole tensors in one operation
         if parameter.grad is not None:
             meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    norms = [_grad_norm(group) for group in meshes.values()] or [torch.zeros(())]
+    norms = [_grad_norm([p.grad for p in group]) for group in meshes.values()]
+    norms = norms or [torch.zeros(())]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None and math.isfinite(max_norm):
         for group in meshes.values():
@@ -36,12 +40,21 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     return norm
 
 
-def _grad_norm(parameters: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients, whole on every rank."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    return total.full_tensor() if isinstance(total, DTensor) else total
+def _grad_norm(grads: Sequence[Tensor | None]) -> Tensor:
+    """Return the norm of gradients that are all whole, or all sharded alike."""
+    pieces = [piece for grad in grads if grad is not None for piece in _pieces(local(grad))]
+    norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    sharded = next((grad for grad in grads if isinstance(grad, DTensor)), None)
+    if sharded is None:
+        return norm
+    terms = [Partial() if each.is_shard() else Replicate() for each in sharded.placements]
+    squares = DTensor.from_local(norm.square(), sharded.device_mesh, terms, run_check=False)
+    return squares.full_tensor().sqrt()
+
+
+def _pieces(grad: Tensor) -> Sequence[Tensor]:
+    return grad.flatten().split(_PIECE) if grad.device.type == "cpu" else (grad,)
 
 
 def check_finite(

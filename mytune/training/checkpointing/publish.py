@@ -35,6 +35,7 @@ from mytune.training.checkpointing.files import (
     to_json,
 )
 from mytune.training.checkpointing.safetensors_io import write_safetensors
+from mytune.training.distributed import from_rank_0, rank
 
 log = logging.getLogger("mytune")
 
@@ -97,6 +98,17 @@ def publication(output_dir: Path, name: str, facts: Mapping[str, Any]) -> Iterat
         ) from error
     finally:
         shutil.rmtree(draft.path, ignore_errors=True)
+
+
+@contextmanager
+def publication_of_ranks(output_dir: Path, name: str, facts: Mapping[str, Any]) -> Iterator[Draft]:
+    """Give all ranks the same draft to fill; rank 0, the last to leave, publishes it."""
+    if rank() == 0:
+        with publication(output_dir, name, facts) as draft:
+            from_rank_0(draft.path.name)
+            yield draft
+    else:
+        yield Draft(output_dir / from_rank_0(""))
 
 
 def _manifest(
