@@ -35,6 +35,10 @@ class DataError(TuneError):
     exit_code = 3
 
 
+class UnreachableError(DataError):
+    """Data that is elsewhere and cannot be had now."""
+
+
 class CheckpointError(TuneError):
     """A checkpoint that is missing, corrupt, or does not fit the model."""
 

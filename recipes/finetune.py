@@ -15,7 +15,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 
 from mytune.config import Component, Components, component, config_yaml, instantiate
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
-from mytune.errors import ConfigError, StoppedEarly
+from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
 from mytune.modules import (
     Decoder,
     adapter_config,
@@ -33,10 +33,13 @@ from mytune.modules import (
 )
 from mytune.tokenizers import ModelTokenizer
 from mytune.training import (
+    MemoryPlan,
     MetricLoggers,
     ProgressBar,
     Published,
+    RunFacts,
     StepInBackward,
+    StepSettings,
     StopSignal,
     all_sum,
     check_disk_space,
@@ -47,6 +50,9 @@ from mytune.training import (
     clip_grad_norm,
     compile_blocks,
     count_parameters,
+    describe_plan,
+    device_memory,
+    fewest_ranks,
     get_device,
     get_dtype,
     get_lr,
@@ -54,25 +60,29 @@ from mytune.training import (
     load_optimizer_state,
     load_weights,
     log,
+    measured_speed,
     memory_stats,
     offload_activations,
     optimizer_state,
     output_dir_lock,
     parallel_dims,
+    plan_memory,
+    planned_device,
     process_group,
     rank,
     recomputed_blocks,
     refuse_other_run,
     refuse_replicated,
     remove_other_run,
+    reset_peak_memory,
     reshard,
     restarts,
-    reset_peak_memory,
     seed_step,
     set_deterministic,
     set_seed,
     setup_logging,
     shard_model,
+    smaller_settings,
     sum_gradients,
     sync_gradients,
     use_fast_float32_matmul,
@@ -180,6 +190,11 @@ class Config:
     # Deterministic kernels: default, warn, or error where there is none.
     cudnn_deterministic_mode: str | int | None = None
 
+    # Print memory, steps and time of the run, and end: `tune run ... --dry-run`.
+    dry_run: bool = False
+    # GiB of memory of each device, for plans; if not given, what the device has.
+    device_memory: float | None = None
+
     # Where metrics go; a list writes to several.
     metric_logger: Components = component(
         "mytune.training.metric_logging.DiskLogger", log_dir="${output_dir}"
@@ -200,6 +215,8 @@ def main(cfg: Config) -> None:
     """Run the whole fine-tuning: prepare, train, save, report."""
     setup_logging(cfg.log_level, rank())
     check_counts(cfg)
+    if cfg.dry_run:
+        return dry_run(cfg)
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
     set_deterministic(cfg.cudnn_deterministic_mode)
@@ -324,6 +341,90 @@ def main(cfg: Config) -> None:
                 f"after step {step} of {total_steps}, saved; "
                 "to go on, run the same command with resume_from_checkpoint=True"
             )
+
+
+def dry_run(cfg: Config) -> None:
+    """Print what this run would take, and whether it fits; no weight is read, nothing written."""
+    device = planned_device(cfg.device)
+    facts, seq_len = look_at_data(cfg)
+    model, settings, plan = plan_run(cfg, device, seq_len)
+    speed = measured_speed(cfg.output_dir, model)
+    print(describe_plan(plan, settings, model, facts, world_size=world_size(), speed=speed))
+    if plan.fits is False:
+        raise ResourceError(f"the run does not fit; {what_would_fit(cfg, device, seq_len)}")
+
+
+def look_at_data(cfg: Config) -> tuple[RunFacts, int | None]:
+    """Return rows and steps of the run and tokens of the longest row; None where data are away."""
+    try:
+        tokenizer = instantiate(cfg.tokenizer)
+        data = instantiate(cfg.dataset, tokenizer)
+    except (ConfigError, UnreachableError) as error:  # a ConfigError: no tokenizer's file
+        return RunFacts(epochs=cfg.epochs, unknown=error.message), None
+    loader = make_loader(cfg, data, tokenizer, seed=0)
+    stats, longest = loader.dataset.stats, int(loader.dataset.lengths.max())
+    per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size()
+    part = min(1.0, loader.steps_per_epoch * per_step / len(loader.dataset))
+    facts = RunFacts(
+        rows=stats.rows,
+        tokens=round(part * stats.tokens),
+        trained_tokens=round(part * stats.trainable_tokens),
+        steps_per_epoch=loader.steps_per_epoch,
+        epochs=cfg.epochs,
+    )
+    return facts, loader.dataset.pad_to or longest
+
+
+def plan_run(
+    cfg: Config, device: torch.device, seq_len: int | None
+) -> tuple[Decoder, StepSettings, MemoryPlan]:
+    """Return the model without memory, how it is trained, and what that takes on each device.
+
+    Args:
+        seq_len: tokens of the longest row; if not known, what the tokenizer cuts rows at, or 2048.
+    """
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    data = as_list(cfg.dataset)
+    settings = StepSettings(
+        optimizer=cfg.optimizer,
+        dtype=get_dtype(cfg.dtype, torch.device("cpu")),
+        device=device.type,
+        batch_size=cfg.batch_size,
+        seq_len=seq_len or cfg.tokenizer.get("max_seq_len") or min(2048, model.config.max_seq_len),
+        packed=any(each.get("packed", False) for each in data),
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        recompute=range(model.config.num_layers if cfg.enable_activation_checkpointing else 0),
+        offload=cfg.enable_activation_offloading,
+        compile=cfg.compile,
+        reshard=cfg.fsdp_reshard_after_forward,
+        cpu_offload=cfg.fsdp_cpu_offload,
+        sync_every_micro_batch=cfg.fsdp_sync_every_micro_batch,
+    )
+    memory, loss_fn = device_memory(device, cfg.device_memory), instantiate(cfg.loss)
+    plan = plan_memory(model, loss_fn, settings, memory)
+    _, ranks = parallel_dims(
+        cfg.data_parallel_shard_dim,
+        cfg.data_parallel_replicate_dim,
+        fits=bool(adapter_state(model)) and bool(plan.fits),
+    )
+    if ranks > 1:
+        settings = replace(settings, shard_ranks=ranks)
+        plan = plan_memory(model, loss_fn, settings, memory)
+    return model, settings, plan
+
+
+def what_would_fit(cfg: Config, device: torch.device, seq_len: int | None) -> str:
+    """Return what to type so that the run fits: settings that need less, else more devices."""
+    for words, smaller in smaller_settings(cfg):
+        if plan_run(smaller, device, seq_len)[2].fits:
+            return f"it would with {words}"
+    words, smaller = next(smaller_settings(cfg), ("", cfg))  # what changes no result
+    model, settings, plan = plan_run(smaller, device, seq_len)
+    ranks = fewest_ranks(model, instantiate(cfg.loss), settings, plan.memory or 0)
+    if ranks is None:
+        return "nor do the settings that need least"
+    return f"it would on {ranks} devices that share the model{words and f', with {words}'}"
 
 
 def check_counts(cfg: Config) -> None:

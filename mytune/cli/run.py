@@ -30,6 +30,7 @@ class Job(NamedTuple):
     config: Path | None
     overrides: list[str]
     allow: list[str]
+    dry_run: bool = False
 
 
 def parser() -> Parser:
@@ -42,6 +43,9 @@ def parser() -> Parser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a name of `tune ls`, or a Python file")
     parser.add_argument("--config", metavar="CONFIG", help="a name of `tune ls`, or a YAML file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print memory, steps and time of the run, and end"
+    )
     parser.add_config_arguments()
     return parser
 
@@ -56,9 +60,12 @@ def main(argv: list[str]) -> int:
     loaded = load(job)
     tell(loaded)
     if options or job.recipe.stem.endswith("_distributed") or words[0].endswith("_distributed"):
-        from mytune.cli.torchrun import launch
+        from mytune.cli.torchrun import as_one_of, launch
 
-        return launch(options, words)
+        if not job.dry_run:
+            return launch(options, words)
+        with as_one_of(options):
+            return execute(job, loaded)
     return execute(job, loaded)
 
 
@@ -88,7 +95,17 @@ def parse(words: Sequence[str]) -> Job:
     recipe = registry.find_recipe(args.recipe)
     config = registry.find_config(args.config) if args.config else None
     _check_pair(args, recipe)
-    return Job(recipe, config, args.overrides, args.allow_component)
+    overrides = args.overrides + (["dry_run=True"] if args.dry_run else [])
+    if args.dry_run:
+        _check_plannable(args.recipe, recipe)
+    return Job(recipe, config, overrides, args.allow_component, args.dry_run)
+
+
+def _check_plannable(name: str, recipe: Path) -> None:
+    from mytune.config.schema import read_schema
+
+    if "dry_run" not in read_schema(recipe).names:
+        raise ConfigError(f"--dry-run: the recipe {name} has no key dry_run, so it makes no plan")
 
 
 def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
@@ -108,7 +125,13 @@ def load(job: Job, *, components: bool = True) -> LoadedConfig:
     from mytune.config import check_components, config_error, read_config
 
     loaded = read_config(job.recipe, job.config, job.overrides, allow_components=job.allow)
-    problems = loaded.problems + (check_components(loaded) if components else [])
+    problems = loaded.problems
+    if components:
+        found = check_components(loaded)
+        # A plan needs no weights, and says so itself where it lacks something.
+        needed = check_components(loaded, files=False) if job.dry_run else found
+        problems += needed
+        loaded.tree.notices += [each for each in found if each not in needed]
     if problems:
         raise config_error(problems)
     return loaded

@@ -3,6 +3,7 @@
 from mytune._lazy import lazy_names
 
 _WHERE = {
+    "NF4Embedding": "nf4",
     "NF4Linear": "nf4",
     "apply_nf4": "nf4",
     "dequantize_nf4": "nf4",
