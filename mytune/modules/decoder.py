@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mytune.modules.derived import project, swiglu
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -156,7 +158,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_dim, config.embed_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return project(self.down_proj, swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
