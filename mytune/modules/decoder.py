@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mytune.modules.derived import project, swiglu
+from mytune.modules.derived import Derived, normed, project, swiglu
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [b, h, s, e]
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        q = rotate(self._heads(self.q_proj(x)), rope)
-        k = rotate(self._heads(self.k_proj(x)), rope)
-        v = self._heads(self.v_proj(x))
+    def forward(self, x: Derived, rope: Rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        q = rotate(self._heads(project(self.q_proj, x)), rope)
+        k = rotate(self._heads(project(self.k_proj, x)), rope)
+        v = self._heads(project(self.v_proj, x))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
             if q.shape[2] == 1:
@@ -157,8 +157,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.embed_dim, config.intermediate_dim, bias=False)
         self.down_proj = nn.Linear(config.intermediate_dim, config.embed_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return project(self.down_proj, swiglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Derived) -> Tensor:
+        hidden = swiglu(project(self.gate_proj, x), project(self.up_proj, x))
+        return project(self.down_proj, hidden)
 
 
 class Block(nn.Module):
@@ -174,8 +175,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attn(normed(self.attn_norm, x), rope, mask, cache)
+        return x + self.mlp(normed(self.mlp_norm, x))
 
 
 class Decoder(nn.Module):

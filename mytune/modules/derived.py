@@ -1,8 +1,9 @@
 """Projections that keep no input for the backward pass where it is cheap to make it again.
 
-The input of a projection is often a cheap step away from tensors that are kept anyway, as SwiGLU's
-product is from gate and up. Autograd keeps both; what is here keeps the latter alone, and the
-gradient of the projection's weight makes the input again: no product of matrices is done twice.
+The input of a projection is a cheap step away from tensors that are kept anyway: a norm of the
+hidden state, SwiGLU's product of gate and up. Autograd keeps both ends of the step; what is here
+keeps the sources alone, and makes the input again for the gradient of the projection's weight. No
+product of matrices is done twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class Derived(NamedTuple):
@@ -21,6 +23,48 @@ class Derived(NamedTuple):
     value: Tensor
     make: Callable[..., Tensor] = lambda x: x
     sources: tuple[Tensor, ...] = ()
+
+
+def derive(make: Callable[..., Tensor], *sources: Tensor) -> Derived:
+    """Return make(*sources); of the step itself, too, only the sources are kept.
+
+    `make` draws no random numbers.
+    """
+    if not torch.is_grad_enabled():
+        return Derived(make(*sources), make, sources)
+    # A function of autograd would do, but torch.compile looks into it and keeps the value after
+    # all; what is inside a checkpoint it recomputes.
+    value = checkpoint(make, *sources, use_reentrant=False, preserve_rng_state=False)
+    return Derived(value, make, sources)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Derived:
+    """Return silu(gate) * up."""
+    return derive(_gated, gate, up)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def normed(norm: nn.RMSNorm, x: Tensor) -> Derived:
+    """Return norm(x)."""
+    eps = norm.eps
+
+    def make(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    return derive(make, x, norm.weight)
+
+
+def dropped(x: Derived, rate: float) -> Derived:
+    """Return `x` after dropout; a mask is kept beside the sources of `x`."""
+    value, mask = torch.native_dropout(x.value, rate, True)
+
+    def make(mask: Tensor, *sources: Tensor) -> Tensor:
+        return torch.ops.aten.native_dropout_backward(x.make(*sources), mask, 1 / (1 - rate))
+
+    return Derived(value, make, (mask, *(x.sources or (x.value,))))
 
 
 class _Product(torch.autograd.Function):
@@ -37,17 +81,17 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *sources = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        needs_x, needs_weight, *others = ctx.needs_input_grad
         grad_x = grad @ weight.to(grad.dtype) if needs_x else None
         grad_weight = None
         if needs_weight:
             x = ctx.make(*sources).flatten(0, -2)
             grad_weight = (grad.flatten(0, -2).T @ x).to(weight.dtype)
-        return grad_x, grad_weight, *(None for _ in ctx.needs_input_grad[2:])
+        return grad_x, grad_weight, *(None for _ in others)  # x passes gradients to its sources
 
 
 def product(x: Derived, weight: Tensor) -> Tensor:
-    """Return x W^T in x's dtype; the backward pass gets the sources of `x` to keep, and not `x`."""
+    """Return x W^T in the dtype of x, which is not kept."""
     if not torch.is_grad_enabled():
         return F.linear(x.value, weight.to(x.value.dtype))
     y: Tensor = _Product.apply(x.value, weight, x.make, *x.sources)  # type: ignore[no-untyped-call]
@@ -55,49 +99,15 @@ def product(x: Derived, weight: Tensor) -> Tensor:
 
 
 def project(linear: nn.Module, x: Derived) -> Tensor:
-    """Return linear(x), which keeps no `x` if the linear trains and is of a known kind.
+    """Return linear(x); `x` is not kept if the linear is of a known kind, or frozen.
 
-    A class of linears whose forward takes a `Derived` says so: `takes_derived = True`. A frozen
-    linear keeps no input anyway.
+    A class of linears whose forward takes a `Derived` says so: `takes_derived = True`.
     """
+    y: Tensor
     if getattr(type(linear), "takes_derived", False):
-        y: Tensor = linear(x)
-        return y
-    if type(linear) is nn.Linear and linear.bias is None and linear.weight.requires_grad:
-        return product(x, linear.weight)
-    y = linear(x.value)
+        y = linear(x)
+    elif type(linear) is nn.Linear and linear.bias is None and linear.weight.requires_grad:
+        y = product(x, linear.weight)
+    else:
+        y = linear(x.value)
     return y
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping gate and up: autograd would keep silu(gate) as well."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
-
-
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Derived:
-    """Return silu(gate) * up, which can be made again from `gate` and `up`."""
-    made = _SwiGLU.apply if torch.is_grad_enabled() else _gated
-    return Derived(made(gate, up), _gated, (gate, up))
-
-
-def dropped(x: Derived, rate: float) -> Derived:
-    """Return `x` after dropout, which can be made again from the sources of `x` and a mask."""
-    value, mask = torch.native_dropout(x.value, rate, True)
-
-    def make(mask: Tensor, *sources: Tensor) -> Tensor:
-        return torch.ops.aten.native_dropout_backward(x.make(*sources), mask, 1 / (1 - rate))
-
-    return Derived(value, make, (mask, *(x.sources or (x.value,))))

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mytune.modules.decoder import MLP, Block, DecoderConfig, rope_angles
+from mytune.modules import derived
+from mytune.modules.decoder import Block, DecoderConfig, rope_angles
+from mytune.modules.derived import Derived
 from mytune.modules.lora import LoRAConfig, adapter_state, apply_lora, base_weight
 from mytune.quantization import apply_nf4
 from mytune.training import checkpoint_activations, offload_activations
@@ -29,11 +31,16 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
-def plain_mlp(mlp, x):
-    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+def plain_product(x, weight):
+    return F.linear(x.value, weight.to(x.value.dtype))
+
+
+def plain_derive(make, *sources):
+    return Derived(make(*sources))
 
 
 def plain_lora(linear, x):
+    x = x.value if isinstance(x, Derived) else x
     y = type(linear).__mro__[2].forward(linear, x)  # the base class's
     x = F.dropout(x, linear.lora.dropout, linear.training)
     low = F.linear(x, linear.lora_A.weight.to(x.dtype))
@@ -51,7 +58,8 @@ def plainly(monkeypatch):
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(MLP, "forward", plain_mlp)
+            patch.setattr(derived, "derive", plain_derive)
+            patch.setattr(derived, "product", plain_product)
             patch.setattr("mytune.modules.lora._LoRA.forward", plain_lora)
             return function(*args)
 
