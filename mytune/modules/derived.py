@@ -104,7 +104,9 @@ def project(linear: nn.Module, x: Derived) -> Tensor:
     A class of linears whose forward takes a `Derived` says so: `takes_derived = True`.
     """
     y: Tensor
-    if getattr(type(linear), "takes_derived", False):
+    if not torch.is_grad_enabled():
+        y = linear(x.value)
+    elif getattr(type(linear), "takes_derived", False):
         y = linear(x)
     elif type(linear) is nn.Linear and linear.bias is None and linear.weight.requires_grad:
         y = product(x, linear.weight)
