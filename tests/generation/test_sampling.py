@@ -129,11 +129,11 @@ def by_us(monkeypatch, logits, seen, **settings):
     return torch.zeros_like(logits).scatter(1, order, probabilities)
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-@pytest.mark.parametrize("top_k", [None, 1, 12, 500])
-@pytest.mark.parametrize("top_p", [None, 0.5, 0.95, 1.0])
-@pytest.mark.parametrize("min_p", [None, 0.05, 0.7, 1.0])
-@pytest.mark.parametrize("repetition_penalty", [1.0, 1.4, 0.7])
+@pytest.mark.parametrize("temperature", [0.3, 1.7])
+@pytest.mark.parametrize("top_k", [None, 12, 500])
+@pytest.mark.parametrize("top_p", [None, 0.5, 1.0])
+@pytest.mark.parametrize("min_p", [None, 0.05, 0.7])
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.4])
 def test_probabilities_are_those_of_transformers(
     temperature, top_k, top_p, min_p, repetition_penalty, monkeypatch
 ):
