@@ -283,10 +283,11 @@ def test_one_bad_row_is_one_line(tune, tmp_path):
     assert "has no rows" in tune(f"prompt_file={file}", code=3)[1]
 
 
-def test_a_missing_adapter_is_an_error_before_weights_are_read(tune):
-    _, err = tune("prompt=Hi", "checkpointer.adapter_checkpoint=nowhere", code=4)
-    assert "adapter_checkpoint: there is no" in err
-    assert "weights" not in err
+@pytest.mark.parametrize("key", ["adapter_checkpoint", "checkpoint_dir"])
+def test_a_missing_adapter_or_base_is_an_error_before_weights_are_read(tune, key):
+    _, err = tune("prompt=Hi", f"checkpointer.{key}=nowhere", code=2)
+    assert f"checkpointer.{key}: 'nowhere' does not exist" in err
+    assert "Reading" not in err
 
 
 @pytest.mark.data
