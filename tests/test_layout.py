@@ -22,7 +22,7 @@ ALLOWED = {
     "modules": {"quantization"},
     "models": {"modules", "quantization", "tokenizers"},
     "datasets": {"tokenizers", "config"},
-    "generation": {"modules"},
+    "generation": {"modules", "tokenizers"},
     "training": {"modules", "models", "quantization", "config", "tokenizers"},
     "assets": {"tokenizers"},
 }

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         parser().print_help()
         return 0
     job = parse(words)
-    _prepare_torch()
+    prepare_torch()
     loaded = load(job)
     tell(loaded)
     if options or job.recipe.stem.endswith("_distributed") or words[0].endswith("_distributed"):
@@ -163,7 +163,7 @@ def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
     same = getattr(caller, "__file__", None) and os.path.samefile(str(caller.__file__), file)
 
     def work() -> int:
-        _prepare_torch()
+        prepare_torch()
         job = parse(words)
         loaded = load(job)
         tell(loaded)
@@ -172,7 +172,7 @@ def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
     return report(work)
 
 
-def _prepare_torch() -> None:
+def prepare_torch() -> None:
     """Let CUDA's allocator grow its segments, which loses less memory; the user's setting wins."""
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
