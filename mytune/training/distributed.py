@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 Number = TypeVar("Number", float, Tensor)
+Object = TypeVar("Object")
 
 
 def rank() -> int:
@@ -64,3 +65,12 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def gather_objects(value: Object) -> list[Object]:
+    """Return every rank's value, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
