@@ -7,7 +7,6 @@ import torch
 
 from mytune.errors import ConfigError, NumericalError
 from mytune.generation import generate, pack_linears
-from mytune.generation.generate import _decode
 from mytune.generation.packing import PackedLinear
 from tests.generation.conftest import VARIED
 from tests.hf import twins
@@ -58,15 +57,6 @@ def test_packed_linears_compute_the_same(dtype):
             rtol=0,
             atol=2e-6 if dtype is torch.float32 else 2e-2,
         )
-
-
-def test_rows_of_a_batch_equal_one_by_one():
-    model, _ = twins(**VARIED)
-    prompts = [[1, 5, 9], [1, 80, 3]]
-    with torch.inference_mode():
-        steps = list(_decode(model, torch.tensor(prompts), 33, lambda x: x.argmax(-1), True))
-    for prompt, row in zip(prompts, torch.stack(steps, dim=1).tolist(), strict=True):
-        assert row == list(generate(model, prompt, max_new_tokens=30))
 
 
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it():
