@@ -42,6 +42,7 @@ def parser() -> Parser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a name of `tune ls`, or a Python file")
     parser.add_argument("--config", metavar="CONFIG", help="a name of `tune ls`, or a YAML file")
+    parser.add_argument("--compare", metavar="BASE", help="for eleuther_eval: compare=BASE")
     parser.add_config_arguments()
     return parser
 
@@ -88,7 +89,8 @@ def parse(words: Sequence[str]) -> Job:
     recipe = registry.find_recipe(args.recipe)
     config = registry.find_config(args.config) if args.config else None
     _check_pair(args, recipe)
-    return Job(recipe, config, args.overrides, args.allow_component)
+    compare = [f"compare={args.compare}"] if args.compare else []
+    return Job(recipe, config, args.overrides + compare, args.allow_component)
 
 
 def _check_pair(args: argparse.Namespace, recipe: Path) -> None:

@@ -4,6 +4,7 @@ from mytune._lazy import lazy_names
 
 _WHERE = {
     "HarnessModel": "adapter",
+    "check_batch_size": "batches",
     "evaluate": "harness",
     "evaluate_scores": "harness",
     "compare_results": "results",

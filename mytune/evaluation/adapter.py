@@ -5,25 +5,28 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils import postprocess_generated_text as cut_at_stops
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mytune.errors import ConfigError
 from mytune.evaluation.batches import check_batch_size
+from mytune.evaluation.continuing import Prompt, continue_prompts
 from mytune.evaluation.scoring import Request, score
+from mytune.generation import Sampling
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import Message, ModelTokenizer
 
 log = logging.getLogger("mytune")
 
 _DEFAULT_NEW_TOKENS = 256  # the harness's own, where a task does not say
+_SAMPLING = tuple(Sampling.__annotations__)
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
@@ -38,6 +41,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         tokenizer: the model's.
         batch_size: rows at once, or "auto".
         max_seq_length: longest context and continuation; at most the model's positions.
+        enable_kv_cache: generate with one; without, every token reads the whole text again.
+        seed: of generation that samples.
     """
 
     def __init__(
@@ -47,12 +52,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         *,
         batch_size: int | str = "auto",
         max_seq_length: int | None = None,
+        enable_kv_cache: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         check_batch_size(batch_size)
         self.model = model
         self._tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.batch_size, self._enable_kv_cache, self._seed = batch_size, enable_kv_cache, seed
         positions = model.config.max_seq_len
         self.max_length = min(max_seq_length or positions, positions)
         self._device = model.embed_tokens.weight.device
@@ -146,23 +153,59 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 f"max_seq_length is {self.max_length}, and a continuation to score has {longest} "
                 "tokens: it must fit as a whole"
             )
-        cut = [len(r.context) + len(r.continuation) - limit for r in requests]
-        self._warn(sum(extra > 0 for extra in cut), len(requests))
-        shorter = [
-            Request(r.context[max(extra, 0) :], r.continuation)
-            for r, extra in zip(requests, cut, strict=True)
+        extra = [max(len(r.context) + len(r.continuation) - limit, 0) for r in requests]
+        self._warn(sum(n > 0 for n in extra), len(requests))
+        ends = [
+            Request(r.context[n:], r.continuation) for r, n in zip(requests, extra, strict=True)
         ]
-        return score(self.model, shorter, batch_size=self.batch_size)
+        return score(self.model, ends, batch_size=self.batch_size)
 
     def _warn(self, count: int, total: int) -> None:
         if count:
             log.warning(
-                "%d of %d requests are longer than max_seq_length=%d: their beginnings are left out",
-                count,
-                total,
-                self.max_length,
+                "%d of %d requests are longer than max_seq_length=%d allows: "
+                "their beginnings are left out",
+                *(count, total, self.max_length),
             )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return each context's continuation, up to the first of its stop strings."""
-        raise NotImplementedError
+        prompts = [self._prompt(*instance.args) for instance in requests]
+        rooms = [self.max_length - prompt.max_new_tokens for prompt in prompts]
+        if min(rooms, default=1) < 1:
+            longest = max(prompt.max_new_tokens for prompt in prompts)
+            raise ConfigError(
+                f"max_seq_length is {self.max_length}, and a task generates up to {longest} "
+                "tokens: it must be larger"
+            )
+        both = list(zip(prompts, rooms, strict=True))
+        self._warn(sum(len(prompt.ids) > room for prompt, room in both), len(prompts))
+        texts = continue_prompts(
+            self.model,
+            self._tokenizer,
+            [replace(prompt, ids=prompt.ids[-room:]) for prompt, room in both],
+            batch_size=self.batch_size,
+            enable_kv_cache=self._enable_kv_cache,
+            seed=self._seed,
+        )
+        return [
+            cut_at_stops(text, list(prompt.until), None)
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+
+    def _prompt(self, context: str, settings: dict[str, Any]) -> Prompt:
+        """Return a context with what a task's `generation_kwargs` say."""
+        said = normalize_gen_kwargs(settings, _DEFAULT_NEW_TOKENS)
+        sampling = {name: said.pop(name) for name in _SAMPLING if said.get(name) is not None}
+        most, until, sampled = (said.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
+        if said:
+            raise ConfigError(
+                f"generation_kwargs: {', '.join(said)} is not supported; a task can use "
+                f"do_sample, until, max_gen_toks, {', '.join(_SAMPLING)}"
+            )
+        return Prompt(
+            ids=self.tok_encode(context),
+            max_new_tokens=most,
+            until=[stop for stop in until if stop],
+            sampling=Sampling(**{"temperature": 1.0, **sampling}) if sampled else Sampling(),
+        )

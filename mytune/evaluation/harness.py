@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from typing import Any
 
 from mytune.evaluation.tasks import Tasks
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
 from mytune.training.distributed import rank
-
-log = logging.getLogger("mytune")
 
 Results = dict[str, Any]
 
@@ -24,6 +23,7 @@ def evaluate(
     limit: float | None = None,
     batch_size: int | str = "auto",
     max_seq_length: int | None = None,
+    enable_kv_cache: bool = True,
     chat_template: bool = False,
     fewshot_as_multiturn: bool = False,
     system_instruction: str | None = None,
@@ -41,10 +41,11 @@ def evaluate(
         limit: documents per task; below 1, a share of them.
         batch_size: rows at once, or "auto".
         max_seq_length: tokens of context and continuation; if None, all that the model takes.
+        enable_kv_cache: see `mytune.generation.generate`.
         chat_template: put questions, and examples, into the tokenizer's chat format.
         fewshot_as_multiturn: with it, examples are turns of their own.
         system_instruction: a system message, or a text before all else.
-        seed: of few-shot examples that are drawn.
+        seed: of few-shot examples that are drawn, and of generation that samples.
         bootstrap_iters: of standard errors without a formula; 0 leaves them out.
     """
     import lm_eval
@@ -52,20 +53,26 @@ def evaluate(
     from mytune.evaluation.adapter import HarnessModel
 
     adapter = HarnessModel(
-        model, tokenizer, batch_size=batch_size, max_seq_length=max_seq_length
+        model,
+        tokenizer,
+        batch_size=batch_size,
+        max_seq_length=max_seq_length,
+        enable_kv_cache=enable_kv_cache,
+        seed=seed,
     )
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=seed)  # anew: drawing has moved it on
-    results: Results = lm_eval.evaluate(
-        adapter,
-        tasks,
-        limit=limit,
-        bootstrap_iters=0 if rank() else bootstrap_iters,
-        log_samples=False,
-        system_instruction=system_instruction,
-        apply_chat_template=chat_template,
-        fewshot_as_multiturn=fewshot_as_multiturn,
-    )
+    with redirect_stdout(sys.stderr):  # the harness prints; stdout is for results
+        results: Results = lm_eval.evaluate(
+            adapter,
+            tasks,
+            limit=limit,
+            bootstrap_iters=0 if rank() else bootstrap_iters,
+            log_samples=False,
+            system_instruction=system_instruction,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+        )
     return results
 
 

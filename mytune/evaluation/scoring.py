@@ -12,7 +12,7 @@ from mytune.evaluation.batches import cut, run_batches
 from mytune.evaluation.trees import Tree, plant, stack
 from mytune.modules.decoder import Decoder
 
-_TREE = 1024  # tokens of a tree: a larger one shares more, but its tokens attend to more
+_TREE = 2048  # tokens of a tree: a larger one shares more, but its tokens attend to more
 _LOGITS = 2**25  # logits at a time: 128 MiB
 
 

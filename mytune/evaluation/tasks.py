@@ -46,6 +46,7 @@ def load_tasks(
         DataError: a task whose data cannot be loaded.
     """
     check_lm_eval()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of its own defaults
     if not names:
         raise ConfigError("tasks is empty; name at least one, such as truthfulqa_mc2")
     if include_path is not None and not Path(include_path).expanduser().is_dir():
@@ -92,9 +93,7 @@ def _load(manager: TaskManager, name: str) -> Tasks:
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, ConnectionError) or "ffline" in type(error).__name__ + reason:
-            raise ResourceError(
-                f"task {name}: its data cannot be downloaded: {reason}"
-            ) from error
+            raise ResourceError(f"task {name}: its data cannot be downloaded: {reason}") from error
         raise DataError(f"task {name}: cannot be loaded: {reason}") from error
 
 
