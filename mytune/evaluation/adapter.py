@@ -1,4 +1,4 @@
-"""A decoder as EleutherAI's harness wants a language model: text in, log-likelihoods or text out."""
+"""A decoder as EleutherAI's harness wants it: text in, log-likelihoods or text out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -207,5 +207,5 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             ids=self.tok_encode(context),
             max_new_tokens=most,
             until=[stop for stop in until if stop],
-            sampling=Sampling(**{"temperature": 1.0, **sampling}) if sampled else Sampling(),
+            sampling=cast(Sampling, {"temperature": 1.0, **sampling} if sampled else {}),
         )

@@ -64,9 +64,11 @@ def run_batches(
     turns = -(-len(batches) // world_size())
     results: dict[int, Result] = {}
     often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a file each is a line
-    shown = {"desc": description, "unit": "batch", "mininterval": often, "disable": rank() > 0}
-    for turn in tqdm(range(turns), **shown):
-        results |= _in_memory(mine[turn] if turn < len(mine) else batches[0], work)
+    hidden = rank() > 0
+    with tqdm(total=turns, desc=description, mininterval=often, disable=hidden) as bar:
+        for turn in range(turns):
+            results |= _in_memory(mine[turn] if turn < len(mine) else batches[0], work)
+            bar.update()
     return {key: value for part in gather_objects(results) for key, value in part.items()}
 
 

@@ -86,7 +86,7 @@ def _measured(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float | None
 def write_results(
     output_dir: str | Path, results: Results, config: str, base: Results | None = None
 ) -> dict[str, Path]:
-    """Write `evaluation.json` and `evaluation.md`, on rank 0 only; return what was written, by name.
+    """Write `evaluation.json` and `evaluation.md`, on rank 0 only; return their paths by name.
 
     Args:
         config: YAML of the recipe's config, to be kept with the results.
