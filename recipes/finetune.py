@@ -24,6 +24,7 @@ import torch
 from mytune.config import Component, Components, component, config_yaml, instantiate
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
 from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
+from mytune.evaluation import evaluate_scores, load_tasks
 from mytune.modules import (
     Decoder,
     adapter_config,
@@ -131,6 +132,16 @@ class Config:
     run_val_every_n_steps: int | None = None
     # Rows per micro-batch of the validation; if not given, batch_size.
     batch_size_val: int | None = None
+    # Tasks of lm_eval, or your own, to evaluate on while training; logged as eval/TASK/METRIC.
+    eval_tasks: list[str] | None = None
+    # Evaluate every n steps; if not given, at the end of each epoch.
+    eval_every_n_steps: int | None = None
+    # Documents per task, the first ones; below 1 a share of them; null for all.
+    eval_limit: float | None = None
+    # A folder with YAML files of your own tasks; functions that these name are run.
+    eval_include_path: str | None = None
+    # Put questions into the tokenizer's chat format.
+    eval_chat_template: bool = False
     # Order rows anew in every epoch, from the seed.
     shuffle: bool = True
     # Rows per micro-batch and device.
@@ -240,6 +251,7 @@ def main(cfg: Config) -> None:
         tokenizer = instantiate(cfg.tokenizer)
         loader = make_loader(cfg, instantiate(cfg.dataset, tokenizer), tokenizer, seed)
         val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
+        tasks = load_tasks(cfg.eval_tasks, cfg.eval_include_path) if cfg.eval_tasks else None
         run = identity(cfg, loader, tokenizer, seed)
         check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
@@ -320,7 +332,15 @@ def main(cfg: Config) -> None:
             if val_loader and is_due(step, cfg.run_val_every_n_steps, otherwise=epoch_ends):
                 metrics["val_loss"] = validate(model, loss_fn, val_loader, device)
                 log.info("step %d: val_loss %.4f", step, metrics["val_loss"])
-            if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics:
+            scores = {}
+            if tasks and is_due(step, cfg.eval_every_n_steps, otherwise=epoch_ends):
+                chat = cfg.eval_chat_template
+                scores = evaluate_scores(
+                    model, tokenizer, tasks, limit=cfg.eval_limit, chat_template=chat
+                )
+                log.info("step %d: %s", step, " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+                metrics |= scores
+            if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or scores:
                 logger.log_dict(metrics, step)
             progress.update(step, loss_value, speed)
             profiler.step()
@@ -430,7 +450,8 @@ def what_would_fit(cfg: Config, device: torch.device, seq_len: int | None) -> st
 def check_counts(cfg: Config) -> None:
     """Refuse numbers of steps and epochs below 1."""
     keys = ("epochs", "save_every_n_steps", "run_val_every_n_steps", "batch_size_val")
-    counts = {key: getattr(cfg, key) for key in (*keys, "log_every_n_steps")}
+    keys += ("log_every_n_steps", "eval_every_n_steps")
+    counts = {key: getattr(cfg, key) for key in keys}
     if low := [f"{key} is {n}" for key, n in counts.items() if n is not None and n < 1]:
         raise ConfigError(f"{', '.join(low)}; it must be at least 1")
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:

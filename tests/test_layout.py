@@ -23,6 +23,7 @@ ALLOWED = {
     "models": {"modules", "quantization", "tokenizers"},
     "datasets": {"tokenizers", "config"},
     "generation": {"modules", "tokenizers"},
+    "evaluation": {"modules", "tokenizers", "generation", "training"},
     "training": {"modules", "models", "quantization", "config", "tokenizers"},
     "assets": {"tokenizers"},
 }

@@ -46,6 +46,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print memory, steps and time of the run, and end"
     )
+    parser.add_argument("--compare", metavar="BASE", help="for eleuther_eval: compare=BASE")
     parser.add_config_arguments()
     return parser
 
@@ -95,9 +96,10 @@ def parse(words: Sequence[str]) -> Job:
     recipe = registry.find_recipe(args.recipe)
     config = registry.find_config(args.config) if args.config else None
     _check_pair(args, recipe)
-    overrides = args.overrides + (["dry_run=True"] if args.dry_run else [])
+    overrides = args.overrides + ([f"compare={args.compare}"] if args.compare else [])
     if args.dry_run:
         _check_plannable(args.recipe, recipe)
+        overrides.append("dry_run=True")
     return Job(recipe, config, overrides, args.allow_component, args.dry_run)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from mytune.errors import ConfigError, RanksLost
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 _GLOOS_WORDS = ("gloo", "Application timeout")  # it raises plain RuntimeErrors
 Number = TypeVar("Number", float, Tensor)
+Object = TypeVar("Object")
 
 
 def rank() -> int:
@@ -125,3 +126,12 @@ def patient_barrier() -> None:
 def _patient_group() -> dist.ProcessGroup:
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return group
+
+
+def gather_objects(value: Object) -> list[Object]:
+    """Return every rank's value, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
