@@ -21,6 +21,7 @@ from mytune.config import Component, instantiate
 from mytune.errors import ConfigError
 from mytune.generation import check_prompt, check_sampling, generate, pack_linears
 from mytune.modules import Decoder
+from mytune.quantization import stored_bytes
 from mytune.tokenizers import Message, ModelTokenizer, StreamDecoder
 from mytune.training import (
     get_device,
@@ -66,7 +67,7 @@ class Config:
     dtype: str = "bf16"
     # Keep keys and values of earlier tokens; without, every token reads the whole text again.
     enable_kv_cache: bool = True
-    # Must be null: weights are not quantized here yet.
+    # Quantize the linears once they are loaded; a quantized checkpoint needs none.
     quantizer: Component | None = None
     # Deterministic kernels: default, warn, or error where there is none.
     cudnn_deterministic_mode: str | int | None = None
@@ -77,8 +78,6 @@ class Config:
 def main(cfg: Config) -> int:
     """Load, generate, report the speed; returns 130 after Ctrl-C."""
     setup_logging(cfg.log_level)
-    if cfg.quantizer is not None:
-        raise ConfigError("quantizer is not supported by generate yet; remove it or set it to null")
     check_sampling(cfg.temperature, cfg.top_k, cfg.top_p)
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
@@ -88,14 +87,14 @@ def main(cfg: Config) -> int:
     # What can be wrong with the prompt is found before the weights are read.
     tokenizer = instantiate(cfg.tokenizer)
     prompt_ids = tokenize_prompt(cfg.prompt, tokenizer)
-    checkpointer = instantiate(cfg.checkpointer)
+    checkpointer, quantizer = instantiate(cfg.checkpointer), instantiate(cfg.quantizer)
     with torch.device("meta"):
         model = instantiate(cfg.model)
     check_prompt(prompt_ids, model.config)
     if len(prompt_ids) + cfg.max_new_tokens > model.config.max_seq_len:
         log.warning("the text will end at the model's %d positions", model.config.max_seq_len)
 
-    model = load_for_inference(model, checkpointer, device, dtype)
+    model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
     bytes_read = bytes_per_token(model)
     pack_linears(model)
 
@@ -134,9 +133,8 @@ def tokenize_prompt(prompt: Any, tokenizer: ModelTokenizer) -> list[int]:
 
 def bytes_per_token(model: Decoder) -> int:
     """Return the bytes of weights that a step reads: all but an embedding that is no head."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    embedding = model.embed_tokens.weight
-    return size if model.lm_head is None else size - embedding.numel() * embedding.element_size()
+    size = sum(stored_bytes(parameter) for parameter in model.parameters())
+    return size if model.lm_head is None else size - stored_bytes(model.embed_tokens.weight)
 
 
 def stream(tokens: Iterator[int], decoder: StreamDecoder) -> tuple[int, bool]:

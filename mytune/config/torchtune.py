@@ -11,6 +11,13 @@ NAMES = {
     "torchtune.utils.": "mytune.training.",
     "torchtune.utils.quantization.": "mytune.quantization.",
     "torchtune.training.quantization.": "mytune.quantization.",
+    # What was trained for a quantizer is quantized by it.
+    "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer": (
+        "mytune.quantization.Int8DynActInt4WeightQuantizer"
+    ),
+    "torchtune.training.quantization.Int4WeightOnlyQATQuantizer": (
+        "mytune.quantization.Int4WeightOnlyQuantizer"
+    ),
     "torchtune.modules.get_cosine_schedule_with_warmup": (
         "mytune.training.get_cosine_schedule_with_warmup"
     ),

@@ -33,7 +33,7 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
     """Replace a CPU model's plain linears and its head by packed ones, in place, for inference.
 
     Weights are packed one by one; a tied head keeps its weight beside the packed one. Linears with
-    adapters and 4-bit ones stay as they are. Does nothing on other devices, or where torch or the
+    adapters and quantized ones stay as they are. Does nothing on other devices, or where torch or the
     CPU lack the operators.
     """
     embedding = model.embed_tokens.weight
@@ -42,8 +42,8 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
     # Names, not modules: a list of those would keep every weight until the last one is packed.
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     for name in names:
-        if not is_adapter(name):
-            weight = model.get_parameter(f"{name}.weight")
+        weight = model.get_parameter(f"{name}.weight")
+        if not is_adapter(name) and type(weight) is nn.Parameter:  # else torchao has quantized it
             model.set_submodule(name, PackedLinear(weight, batch_size))
     if model.lm_head is None:
         model.lm_head = PackedLinear(embedding, batch_size)  # type: ignore[assignment]
