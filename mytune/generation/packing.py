@@ -33,8 +33,8 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
     """Replace a CPU model's plain linears and its head by packed ones, in place, for inference.
 
     Weights are packed one by one; a tied head keeps its weight beside the packed one. Linears with
-    adapters and quantized ones stay as they are. Does nothing on other devices, or where torch or the
-    CPU lack the operators.
+    adapters and quantized ones stay as they are. Does nothing on other devices, or where torch or
+    the CPU lack the operators.
     """
     embedding = model.embed_tokens.weight
     if embedding.device.type != "cpu" or not _works(embedding.dtype):

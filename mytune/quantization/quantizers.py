@@ -1,7 +1,4 @@
-"""Quantizers by torchtune's names and ours, what each is in torchao, and which of them run here.
-
-torchao is imported where it is used: that takes seconds.
-"""
+"""Quantizers by torchtune's names and ours, what each is in torchao, and which of them run here."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from torch import nn
 
 from mytune.errors import ConfigError, ResourceError
 from mytune.quantization.tensors import CLASSES
+from mytune.quantization.torchao import torchao
 
-_INSTALL = "pip install 'mytune[quantize]'"
 _BF16_ONLY = ("PrototypeInt4WeightOnlyConfig", "Int4WeightOnlyConfig")
 _ROWS = 64  # of the linears that are tried
 
@@ -43,7 +40,7 @@ class Int8WeightOnlyQuantizer(Quantizer):
     """Weights in 8 bits, one scale for each row."""
 
     def config(self, device: torch.device) -> Any:
-        return _torchao().Int8WeightOnlyConfig()
+        return torchao("quantization").Int8WeightOnlyConfig()
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Int8DynActInt8WeightQuantizer(Quantizer):
     """Weights and activations in 8 bits: integer products, scales for each row and each token."""
 
     def config(self, device: torch.device) -> Any:
-        return _torchao().Int8DynamicActivationInt8WeightConfig()
+        return torchao("quantization").Int8DynamicActivationInt8WeightConfig()
 
 
 @dataclass(frozen=True)
@@ -68,29 +65,27 @@ class Int4WeightOnlyQuantizer(Quantizer):
     def config(self, device: torch.device) -> Any:
         if self.inner_k_tiles != 8:
             raise ConfigError(f"quantizer.inner_k_tiles is {self.inner_k_tiles}; it can only be 8")
-        torchao = _torchao()
         if device.type == "cpu":
-            from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-
-            return PrototypeInt4WeightOnlyConfig(group_size=self.groupsize)
-        from torchao.quantization.quantize_.workflows import Int4PackingFormat
-
+            int4 = torchao("prototype.quantization.int4")
+            return int4.PrototypeInt4WeightOnlyConfig(group_size=self.groupsize)
         # Of the layouts the one whose kernels are torch's own; the others need further packages.
-        return torchao.Int4WeightOnlyConfig(
-            group_size=self.groupsize, int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D
+        layouts = torchao("quantization.quantize_.workflows").Int4PackingFormat
+        return torchao("quantization").Int4WeightOnlyConfig(
+            group_size=self.groupsize, int4_packing_format=layouts.TILE_PACKED_TO_4D
         )
 
 
 @dataclass(frozen=True)
 class Int8DynActInt4WeightQuantizer(Quantizer):
-    """Activations in 8 bits, weights of 4 bits in bytes: the numbers of ExecuTorch, not its size."""
+    """Activations in 8 bits, weights of 4 bits kept in bytes: ExecuTorch's numbers, not size."""
 
     groupsize: int = 256
 
     def config(self, device: torch.device) -> Any:
-        torchao = _torchao()
-        return torchao.Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=torch.int4, weight_granularity=torchao.PerGroup(self.groupsize)
+        configs = torchao("quantization")
+        return configs.Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            weight_granularity=configs.PerGroup(self.groupsize),
         )
 
 
@@ -99,7 +94,7 @@ class Float8WeightOnlyQuantizer(Quantizer):
     """Weights in float8 (e4m3), one scale for each row."""
 
     def config(self, device: torch.device) -> Any:
-        return _torchao().Float8WeightOnlyConfig()
+        return torchao("quantization").Float8WeightOnlyConfig()
 
 
 @dataclass(frozen=True)
@@ -109,8 +104,8 @@ class Float8DynActFloat8WeightQuantizer(Quantizer):
     needs: ClassVar[str] = "CUDA from capability 8.9"
 
     def config(self, device: torch.device) -> Any:
-        torchao = _torchao()
-        return torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow())
+        configs = torchao("quantization")
+        return configs.Float8DynamicActivationFloat8WeightConfig(granularity=configs.PerRow())
 
 
 QUANTIZERS: tuple[type[Quantizer], ...] = (
@@ -123,16 +118,6 @@ QUANTIZERS: tuple[type[Quantizer], ...] = (
 )
 
 
-def _torchao() -> Any:
-    try:
-        import torchao.quantization
-    except ModuleNotFoundError as error:
-        raise ResourceError(f"quantizers need the package torchao: {_INSTALL}") from error
-    except ImportError as error:
-        raise ResourceError(f"torchao cannot be imported ({error}): {_INSTALL}") from error
-    return torchao.quantization
-
-
 def torchao_config(quantizer: Any, device: torch.device) -> Any:
     """Return torchao's config of a quantizer, or of what already is one.
 
@@ -142,10 +127,7 @@ def torchao_config(quantizer: Any, device: torch.device) -> Any:
     """
     if isinstance(quantizer, Quantizer):
         return quantizer.config(device)
-    _torchao()
-    from torchao.core.config import AOBaseConfig
-
-    if not isinstance(quantizer, AOBaseConfig):
+    if not isinstance(quantizer, torchao("core.config").AOBaseConfig):
         raise ConfigError(
             f"quantizer is a {type(quantizer).__name__}; it can be a config of torchao's, or "
             f"mytune.quantization.{{{', '.join(each.__name__ for each in QUANTIZERS)}}}"
@@ -155,9 +137,7 @@ def torchao_config(quantizer: Any, device: torch.device) -> Any:
 
 def describe_config(config: Any) -> dict[str, Any]:
     """Return a config of torchao's as JSON: `_type`, `_version` and `_data`."""
-    from torchao.core.config import config_to_dict
-
-    said: dict[str, Any] = config_to_dict(config)
+    said: dict[str, Any] = torchao("core.config").config_to_dict(config)
     return said
 
 
@@ -168,7 +148,7 @@ def quantize_linears(model: nn.Module, quantizer: Any) -> list[str]:
     """
     device = next(model.parameters()).device
     config = torchao_config(quantizer, device)
-    _torchao().quantize_(model, config, filter_fn=_is_target)
+    torchao("quantization").quantize_(model, config, filter_fn=_is_target)
     return [name for name, module in model.named_modules() if _is_target(module, name)]
 
 
@@ -232,12 +212,14 @@ def _widths(model: nn.Module) -> list[int]:
 
 def try_config(config: Any, width: int, device: torch.device, dtype: torch.dtype) -> type:
     """Quantize a small linear and use it; return the class of its weight, or raise what fails."""
-    linear = nn.Sequential(nn.Linear(width, _ROWS, bias=False, device=device, dtype=dtype))
-    _torchao().quantize_(linear, config)
+    linear = nn.Linear(width, _ROWS, bias=False, device="meta")  # random weights would move a seed
+    weight = torch.linspace(-1, 1, linear.weight.numel(), device=device, dtype=dtype)
+    linear.weight = nn.Parameter(weight.view_as(linear.weight))
+    torchao("quantization").quantize_(nn.Sequential(linear), config)
     with torch.inference_mode():
         for rows in (1, 32):
             linear(torch.ones(rows, width, device=device, dtype=dtype)).sum().item()
-    return type(linear[0].weight)
+    return type(linear.weight)
 
 
 def runnable(device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mytune.quantization.torchao import torchao
+
 # The classes of tensors that may be read, and the kind of device that their bytes are laid out for.
 CLASSES: Mapping[str, str | None] = {
     "Int8Tensor": None,
@@ -23,6 +25,7 @@ CLASSES: Mapping[str, str | None] = {
     "Int4TilePackedTo4dTensor": "cuda",
     "Int4OpaqueTensor": "cpu",
 }
+_SAFETENSORS = "prototype.safetensors.safetensors_utils"
 _PLAIN = "Tensor"
 _PACKED_FOR = "packed_for"
 
@@ -72,9 +75,8 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
         data = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         parts = list(inner_tensors(tensor))
         return {"_type": kind.__name__, "_data": data, "_tensor_data_names": parts}
-    from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
-
-    said: dict[str, Any] = json.loads(json.dumps(tensor, cls=TensorSubclassAttributeJSONEncoder))
+    encoder = torchao(_SAFETENSORS).TensorSubclassAttributeJSONEncoder
+    said: dict[str, Any] = json.loads(json.dumps(tensor, cls=encoder))
     return said
 
 
@@ -103,14 +105,11 @@ def rebuild(said: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
     data = dict(said["_data"])
     _check_dtypes(data)
     if said["_type"] == "Int4OpaqueTensor":
-        from torchao.prototype.quantization.int4 import Int4OpaqueTensor
-
-        tensor: Tensor = Int4OpaqueTensor(**parts, **data)
+        tensor: Tensor = torchao("prototype.quantization.int4").Int4OpaqueTensor(**parts, **data)
         return tensor
-    from torchao.prototype.safetensors.safetensors_utils import object_from_dict
-
-    built: Tensor = object_from_dict({"_type": said["_type"], "_data": {**data, **parts}})
-    return built
+    build = torchao(_SAFETENSORS).object_from_dict
+    tensor = build({"_type": said["_type"], "_data": {**data, **parts}})
+    return tensor
 
 
 def _check_dtypes(said: Any) -> None:

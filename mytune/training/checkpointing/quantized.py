@@ -88,7 +88,7 @@ def read_quantized(
 
 def _metadata(files: Sequence[SafetensorsFile]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of every tensor and what the metadata says of it."""
-    seen = set()
+    seen: set[str] = set()
     for file in files:
         try:
             names = json.loads(file.metadata.get(_NAMES, "[]"))
