@@ -92,6 +92,7 @@ def main(cfg: Config) -> None:
     with output_dir_lock(target.parent):
         refuse_other_run(target, cfg.overwrite_output_dir, checkpointer.source_dir)
         model = build_model(cfg)
+        checkpointer.plan(model.config, dtype)  # finds weights that are not the model's
         check_quantizer(quantizer, model, device, dtype, save=True)
         if model.config.tie_word_embeddings:
             log.info("the head is the embedding, which is not quantized")

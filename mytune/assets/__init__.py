@@ -1,4 +1,4 @@
-"""What the package carries: a Llama 3 in `tiny/`, data in `dates/` and `stories/`, how they are made."""
+"""What the package carries: a Llama 3 in `tiny/`, data in `dates/`, `stories/`, how they are made."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mytune.errors import CheckpointError, ConfigError, did_you_mean
 from mytune.quantization.nf4 import NF4Linear
+from mytune.quantization.tensors import is_quantized
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def base_weight(module: nn.Module) -> Tensor:
     if isinstance(module, NF4Linear):
         return module.dequantize()
     assert isinstance(module.weight, Tensor)
-    return module.weight
+    return module.weight.dequantize() if is_quantized(module.weight) else module.weight
 
 
 def apply_lora(model: nn.Module, lora: LoRAConfig) -> None:

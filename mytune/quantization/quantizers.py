@@ -14,7 +14,7 @@ from mytune.quantization.tensors import CLASSES
 from mytune.quantization.torchao import torchao
 
 _BF16_ONLY = ("PrototypeInt4WeightOnlyConfig", "Int4WeightOnlyConfig")
-_ROWS = 64  # of the linears that are tried
+_ROWS, _ANY_WIDTH = 64, 1024  # of the linears that are tried; every group divides 1024
 
 
 class Quantizer:
@@ -160,17 +160,14 @@ def _is_target(module: nn.Module, name: str) -> bool:
 
 def check_quantizer(
     quantizer: Any, model: nn.Module, device: torch.device, dtype: torch.dtype, save: bool = False
-) -> list[int]:
+) -> None:
     """Try a quantizer on small linears with the inputs of a model's, which may be on meta.
 
     Args:
         save: demand that the weights can be saved.
 
-    Returns:
-        The numbers of inputs of linears that will stay as they are: no multiple of the group.
-
     Raises:
-        ConfigError: it would quantize nothing, or is for another dtype.
+        ConfigError: it is for another dtype, or its groups fit none of the linears.
         ResourceError: this device or this torchao cannot run it; those that run are listed.
     """
     config = torchao_config(quantizer, device)
@@ -180,26 +177,25 @@ def check_quantizer(
             f"{name} is for dtype=bf16, not {str(dtype).removeprefix('torch.')}: its kernels have "
             "no other (on a CPU they would be 66 times slower than no quantization)"
         )
-    kinds = {}
-    for width in widths:
-        try:
-            kinds[width] = try_config(config, width, device, dtype)
-        except Exception as error:
-            raise ResourceError(
-                f"{name} cannot run with torchao {_version()} on {device} with linears of {width} "
-                f"inputs: {_one_line(error)}",
-                [f"these can: {', '.join(runnable(device, dtype)) or 'none'}"],
-            ) from error
-    stay = [width for width, kind in kinds.items() if kind is nn.Parameter]
-    if len(stay) == len(widths):
+    try:
+        try_config(config, _ANY_WIDTH, device, dtype)
+    except Exception as error:
+        raise ResourceError(
+            f"{name} cannot run with torchao {_version()} on {device}: {_one_line(error)}",
+            [f"these can: {', '.join(runnable(device, dtype)) or 'none'}"],
+        ) from error
+    try:
+        kinds = {try_config(config, width, device, dtype) for width in widths}
+    except Exception as error:
+        raise ConfigError(f"{name} does not fit the model: {_one_line(error)}") from error
+    if kinds == {nn.Parameter}:
         raise ConfigError(
             f"{name} would quantize nothing: its group divides none of the inputs of the model's "
             f"linears, {', '.join(map(str, widths))}; choose a smaller groupsize"
         )
-    odd = {kind.__name__ for kind in kinds.values()} - {*CLASSES, "Parameter"}
+    odd = {kind.__name__ for kind in kinds} - {*CLASSES, "Parameter"}
     if save and odd:
         raise ConfigError(f"{name} makes {', '.join(odd)}, which torchao cannot save safely")
-    return stay
 
 
 def _widths(model: nn.Module) -> list[int]:
@@ -230,7 +226,7 @@ def runnable(device: torch.device, dtype: torch.dtype) -> list[str]:
 def _runs(kind: type[Quantizer], device: torch.device, dtype: torch.dtype) -> bool:
     try:
         config = kind().config(device)
-        try_config(config, 512, device, dtype)
+        try_config(config, _ANY_WIDTH, device, dtype)
     except Exception:
         return False
     return dtype is torch.bfloat16 or type(config).__name__ not in _BF16_ONLY

@@ -128,11 +128,9 @@ def _check_dtypes(said: Any) -> None:
 
 def misplaced(said: Mapping[str, Any], device: torch.device) -> str | None:
     """Return what a tensor's bytes are laid out for, if that is not this device."""
-    if said["_type"] not in CLASSES:
-        return None
-    here = _layout(said["_type"], device)
-    packed_for = said.get(_PACKED_FOR, CLASSES[said["_type"]])
-    return None if packed_for in (None, here) else str(packed_for)
+    kind = str(said.get("_type"))
+    packed_for = said.get(_PACKED_FOR, CLASSES.get(kind))
+    return None if packed_for in (None, _layout(kind, device)) else str(packed_for)
 
 
 def _layout(kind: str, device: torch.device) -> str | None:

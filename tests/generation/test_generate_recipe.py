@@ -188,7 +188,7 @@ def test_a_text_beyond_the_models_positions_is_announced(tune):
         (["prompt=7"], "must be a text, or a mapping"),
         (["prompt=" + "long " * 40], "201 tokens"),
         (["temperature=-1", "top_p=2"], "temperature is -1.*top_p is 2"),
-        (["quantizer={_component_: torch.nn.Identity}"], "quantizer is not supported"),
+        (["quantizer={_component_: torch.nn.Identity}"], "quantizer is a Identity"),
     ],
 )
 def test_what_is_wrong_is_said_before_weights_are_read(tune, overrides, message):

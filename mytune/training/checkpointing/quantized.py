@@ -62,19 +62,19 @@ def read_quantized(
     weights, problems = {}, []
     for name, said in _metadata(opened):
         try:
-            keys = keys_of(name, said)
             if (packed_for := misplaced(said, device)) is not None:
                 raise ResourceError(
                     f"{where} was quantized for {packed_for} and cannot be read on {device}: "
                     "quantize again here, or with another quantizer"
                 )
-            tensor = rebuild(said, {part: held.pop(key)[key] for part, key in keys.items()})
-        except KeyError as error:
-            problems.append(f"missing {error.args[0]}, a part of {name}")
-        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            keys = keys_of(name, said)
+            found = {part: held.pop(key) for part, key in keys.items() if key in held}
+            if found.keys() == keys.keys():
+                parts = {part: file[keys[part]] for part, file in found.items()}
+                weights[HF.table.ours(name) or name] = rebuild(said, parts)
+            problems += [f"missing {keys[part]}" for part in keys.keys() - found.keys()]
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             problems.append(f"damaged {name}: {str(error).splitlines()[0]}")
-        else:
-            weights[HF.table.ours(name) or name] = tensor
     problems += [f"unexpected {key}" for key in held]
     problems += _mismatches(weights, parameter_shapes(config)) if not problems else []
     if problems:

@@ -201,8 +201,9 @@ class Source:
         """
         if self.is_quantized:
             raise CheckpointError(
-                f"{self.paths[0].parent} holds a quantized model, and mytune trains unquantized "
-                "checkpoints: name the one that it was made from in checkpointer.checkpoint_dir"
+                f"{self.paths[0].parent} holds a quantized model, and mytune trains and quantizes "
+                "unquantized checkpoints: name the one that it was made from in "
+                "checkpointer.checkpoint_dir"
             )
         shapes = parameter_shapes(config)
         # A file may hold a tied head all the same: it must then equal the embedding.
