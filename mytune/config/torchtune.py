@@ -62,6 +62,7 @@ RETIRED = {
     "fp8_recipe_name": Retired(None, "there is no fp8 training"),
     "resize_token_embeddings": Retired((False, None), "the vocabulary keeps its size"),
     "quantizer": Retired((None,), "this recipe does not quantize"),
+    "seed": Retired(None, "this recipe draws nothing at random"),
     "fake_quant_after_n_steps": Retired((None,), "this recipe does not quantize"),
     "early_exit_loss": Retired((None,), "there is no early exit"),
     "layer_dropout": Retired((None,), "there is no layer dropout"),
