@@ -58,7 +58,6 @@ def load_for_inference(
         apply_lora(model, lora_config_from_peft(adapter[1]))
     has_nf4 = any(isinstance(m, NF4Linear) for m in model.modules())
     stored = checkpointer.quantized_weights(model.config, device)
-    weights = checkpointer.weights(model.config) if stored is None else stored
     if stored is not None:
         _check_stored(checkpointer, quantizer, device, has_nf4)
         quantizer, dtype = None, _dtype_of(stored["embed_tokens.weight"], dtype)
@@ -67,6 +66,7 @@ def load_for_inference(
         check_quantizer(quantizer, model, device, dtype)
     merge = adapter is not None and merge_adapter and not has_nf4 and stored is None
     home = torch.device("cpu") if merge else device
+    weights = checkpointer.weights(model.config) if stored is None else stored
     load_weights(model, weights, home, dtype)
     load_adapters(model, adapter, home, seed=0)
     if merge:
