@@ -66,7 +66,7 @@ class Config:
     tokenizer: Component | None = None
     # The text is cut into windows of this many tokens, or of the model's positions if that is less.
     max_seq_len: int = 2048
-    # Measure the speed of decoding over this many tokens, before and after; 0 measures none.
+    # Measure the speed of decoding over this many tokens, before and after; not measured if 0.
     decode_tokens: int = 64
 
     # cuda, cuda:1, cpu, mps or xpu; some quantizers make weights for one kind of device alone.
@@ -98,7 +98,9 @@ def main(cfg: Config) -> None:
             log.info("the head is the embedding, which is not quantized")
         windows = text_windows(cfg, model)
 
-        model = load_for_inference(model, checkpointer, device, dtype)
+        model = model.to(dtype)
+        if windows or cfg.decode_tokens:  # else the unquantized model need not fit into memory
+            model = load_for_inference(model, checkpointer, device, dtype)
         before = measure(cfg, model, windows)
         del model  # measuring may have packed its weights
 

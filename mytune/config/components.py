@@ -36,7 +36,7 @@ _OURS = (
     "training.*Logger",
     "training.*get_*_schedule_with_warmup",
     "training.*setup_torch_profiler",
-    "quantization.*Quantizer",
+    "quantization.?*Quantizer",
 )
 _OTHERS = ["torch.optim", "torch.nn", "torchao", "bitsandbytes.optim"]
 _PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from mytune.errors import ConfigError
 from mytune.modules.decoder import Decoder
@@ -65,18 +68,19 @@ def load_for_inference(
     elif quantizer is not None:
         check_quantizer(quantizer, model, device, dtype)
     merge = adapter is not None and merge_adapter and not has_nf4 and stored is None
-    home = torch.device("cpu") if merge else device
+    fill = load_weights if quantizer is None else partial(_load_quantized, quantizer=quantizer)
     weights = checkpointer.weights(model.config) if stored is None else stored
-    load_weights(model, weights, home, dtype)
-    load_adapters(model, adapter, home, seed=0)
-    if merge:
-        with torch.device("meta"):
-            plain = Decoder(model.config)
-        load_weights(plain, merged_weights(model), device, dtype)
-        model = plain
-    if quantizer is not None:
-        _quantize(model, quantizer)
-    return model.eval()
+    if not merge:
+        fill(model, weights, device, dtype)
+        load_adapters(model, adapter, device, seed=0)
+        return model.eval()
+    cpu = torch.device("cpu")
+    load_weights(model, weights, cpu, dtype)
+    load_adapters(model, adapter, cpu, seed=0)
+    with torch.device("meta"):
+        plain = Decoder(model.config)
+    fill(plain, merged_weights(model), device, dtype)
+    return plain.eval()
 
 
 def _check_stored(checkpointer: Any, quantizer: Any, device: torch.device, has_nf4: bool) -> None:
@@ -104,11 +108,47 @@ def _dtype_of(embedding: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     return embedding.dtype
 
 
-def _quantize(model: Decoder, quantizer: Any) -> None:
-    if left := quantize_linears(model, quantizer):
+def _load_quantized(
+    model: Decoder,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantizer: Any,
+) -> None:
+    """Load and quantize one block after the other: at no moment is all of it unquantized."""
+    left = []
+    for name, part in _parts(model):
+        load_weights(part, _Below(weights, name), device, dtype)
+        left += [f"{name}.{linear}" for linear in quantize_linears(part, quantizer)]
+    if left:
         log.warning(
             "%d linears stay as they are, their inputs being no multiple of the quantizer's "
             "group: %s",
             len(left),
             ", ".join(left[:3]) + (", ..." if len(left) > 3 else ""),
         )
+
+
+def _parts(model: Decoder) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{i}", block) for i, block in enumerate(child))
+        else:
+            yield name, child
+
+
+class _Below(Mapping[str, Tensor]):
+    """The weights of a part of a model, by their names in that part."""
+
+    def __init__(self, weights: Mapping[str, Tensor], part: str) -> None:
+        self._weights, self._prefix = weights, f"{part}."
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        size = len(self._prefix)
+        return (name[size:] for name in self._weights if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

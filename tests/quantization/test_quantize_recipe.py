@@ -115,6 +115,14 @@ def test_another_runs_result_is_kept_unless_told_otherwise(quantize, tmp_path):
     }
 
 
+def test_without_measurements_the_base_is_never_loaded(quantize, tmp_path):
+    _, err = quantize("perplexity_file=null", "decode_tokens=0")
+    assert err.count("Reading 2.02 MiB") == 1 and err.count("Reading quantized weights") == 1
+    report = json.loads((tmp_path / "q" / "quantization_report.json").read_text())
+    size = sum(p.nbytes for p in load(TINY).parameters())
+    assert report["before"] == {"bytes": size, "perplexity": None, "tokens_per_second": None}
+
+
 def test_a_quantized_checkpoint_is_not_quantized_again(quantize, tmp_path):
     quantize(*QUICK)
     base = f"checkpointer.checkpoint_dir={tmp_path}/q/quantized"

@@ -12,7 +12,8 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from mytune.assets import ASSETS
 from mytune.cli.main import main
@@ -21,7 +22,11 @@ from mytune.generation import generate
 from mytune.models import auto_model
 from mytune.quantization import Int4WeightOnlyQuantizer, Int8WeightOnlyQuantizer
 from mytune.quantization.tensors import inner_tensors, is_quantized
-from mytune.training import FullModelHFCheckpointer
+from mytune.training import (
+    FullModelHFCheckpointer,
+    FullModelMetaCheckpointer,
+    load_for_inference,
+)
 from mytune.training.checkpointing.publish import verify
 from mytune.training.checkpointing.safetensors_io import write_safetensors
 from tests.quantization.conftest import CPU, ON_CPU, load, save, some_tokens
@@ -119,8 +124,6 @@ def test_an_adapter_stays_beside_quantized_weights(base, quantized, tmp_path, us
     theirs.save_pretrained(tmp_path / "adapter")
     with torch.inference_mode():
         expected = theirs.eval()(some_tokens(512)).logits.float()
-
-    from mytune.training import load_for_inference
 
     with torch.device("meta"):
         model = auto_model(str(quantized))
@@ -243,8 +246,6 @@ def test_weights_laid_out_for_another_cpu_are_refused(base, tmp_path):
 
 
 def test_another_checkpointer_is_told_which_one_reads_it(quantized):
-    from mytune.training import FullModelMetaCheckpointer
-
     with pytest.raises(CheckpointError) as error:
         FullModelMetaCheckpointer(str(quantized))
     assert f"use FullModelHFCheckpointer with checkpoint_dir={quantized}" in str(error.value)
@@ -252,8 +253,6 @@ def test_another_checkpointer_is_told_which_one_reads_it(quantized):
 
 @pytest.mark.data
 def test_metas_format_is_quantized_too(data_dir, tmp_path):
-    from mytune.training import FullModelMetaCheckpointer, load_for_inference
-
     folder = data_dir / "stories260K" / "meta"
     with torch.device("meta"):
         model = auto_model(str(folder))
@@ -264,3 +263,37 @@ def test_metas_format_is_quantized_too(data_dir, tmp_path):
     tokens = some_tokens(512)
     with torch.inference_mode():
         assert torch.equal(again(tokens), model(tokens))
+
+
+def test_what_transformers_quantized_is_read(base, tmp_path):
+    how = TorchAoConfig(Int8WeightOnlyConfig())
+    theirs = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=how
+    )
+    theirs.save_pretrained(tmp_path / "q")
+    with torch.inference_mode():
+        expected = theirs.eval()(some_tokens(512)).logits
+    assert torch.allclose(logits(load(tmp_path / "q", torch.float32)), expected, atol=1e-5)
+
+
+def test_a_merged_adapter_is_quantized_with_its_base(base, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.get_peft_model(theirs, config)
+    torch.manual_seed(5)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
+    expected = load(tmp_path / "merged", torch.float32, quantizer=INT8)
+
+    with torch.device("meta"):
+        model = auto_model(str(base))
+    adapter = str(tmp_path / "adapter")
+    checkpointer = FullModelHFCheckpointer(str(base), adapter_checkpoint=adapter)
+    model = load_for_inference(model, checkpointer, CPU, torch.float32, quantizer=INT8)
+    assert is_quantized(model.layers[0].attn.q_proj.weight)
+    assert not hasattr(model.layers[0].attn.q_proj, "lora_A")
+    # A weight at the edge of two codes may fall to either side.
+    assert (logits(model) - logits(expected)).norm() / logits(expected).norm() < 1e-3
