@@ -34,6 +34,7 @@ from mytune.generation import (
     pack_linears,
 )
 from mytune.modules import Decoder, DecoderConfig
+from mytune.quantization import stored_bytes
 from mytune.tokenizers import Message, ModelTokenizer
 from mytune.training import (
     get_device,
@@ -96,7 +97,7 @@ class Config:
     enable_kv_cache: bool = True
     # Compile the step for one token: it takes a while, then every token takes less.
     compile: bool = False
-    # Must be null: weights are not quantized here yet.
+    # Quantize the linears once they are loaded; a quantized checkpoint needs none.
     quantizer: Component | None = None
     # Deterministic kernels: default, warn, or error where there is none.
     cudnn_deterministic_mode: str | int | None = None
@@ -107,8 +108,6 @@ class Config:
 def main(cfg: Config) -> int:
     """Load, generate, report the speed; returns 130 after Ctrl-C."""
     setup_logging(cfg.log_level)
-    if cfg.quantizer is not None:
-        raise ConfigError("quantizer is not supported by generate yet; remove it or set it to null")
     sampling = read_sampling(cfg)
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
@@ -117,7 +116,7 @@ def main(cfg: Config) -> int:
 
     # What can be wrong with a prompt is found before the weights are read.
     tokenizer = instantiate(cfg.tokenizer)
-    checkpointer = instantiate(cfg.checkpointer)
+    checkpointer, quantizer = instantiate(cfg.checkpointer), instantiate(cfg.quantizer)
     with torch.device("meta"):
         model = instantiate(cfg.model)
     if cfg.prompt_file is None:
@@ -128,7 +127,7 @@ def main(cfg: Config) -> int:
     if max(map(len, prompts)) + cfg.max_new_tokens > model.config.max_seq_len:
         log.warning("the text will end at the model's %d positions", model.config.max_seq_len)
 
-    model = load_for_inference(model, checkpointer, device, dtype)
+    model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
     bytes_read = bytes_per_token(model)
     streamed = cfg.prompt_file is None and cfg.num_samples == 1 and not cfg.logprobs
     pack_linears(model, 1 if streamed else cfg.batch_size * cfg.num_samples)
@@ -271,9 +270,8 @@ def write(answers: Iterator[tuple[int, dict[str, Any]]]) -> tuple[int, bool]:
 
 def bytes_per_token(model: Decoder) -> int:
     """Return the bytes of weights that a step reads: all but an embedding that is no head."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    embedding = model.embed_tokens.weight
-    return size if model.lm_head is None else size - embedding.numel() * embedding.element_size()
+    size = sum(stored_bytes(parameter) for parameter in model.parameters())
+    return size if model.lm_head is None else size - stored_bytes(model.embed_tokens.weight)
 
 
 def stream(tokens: Iterator[int], text: TextStream) -> tuple[int, bool]:

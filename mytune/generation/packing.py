@@ -61,7 +61,9 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     for name in names:
         weight = model.get_parameter(f"{name}.weight")
-        if not is_adapter(name) and (packed := _packed(weight, batch_size)):
+        if is_adapter(name) or type(weight) is not nn.Parameter:  # torchao has quantized it
+            continue
+        if packed := _packed(weight, batch_size):
             model.set_submodule(name, packed)
     if model.lm_head is None:
         model.lm_head = _packed(model.embed_tokens.weight, batch_size)  # type: ignore[assignment]

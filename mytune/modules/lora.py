@@ -20,6 +20,7 @@ from mytune._sharded import fill, whole
 from mytune.errors import CheckpointError, ConfigError, did_you_mean
 from mytune.modules.derived import Derived, dropped, product
 from mytune.quantization.nf4 import NF4Linear
+from mytune.quantization.tensors import is_quantized
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def base_weight(module: nn.Module) -> Tensor:
     if isinstance(module, NF4Linear):
         return module.dequantize()
     assert isinstance(module.weight, Tensor)
-    return whole(module.weight)
+    weight = whole(module.weight)
+    return weight.dequantize() if is_quantized(weight) else weight
 
 
 def apply_lora(model: nn.Module, lora: LoRAConfig) -> None:

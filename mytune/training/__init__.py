@@ -45,6 +45,7 @@ _WHERE = {
     "MetricLoggers": "metric_logging",
     "MLFlowLogger": "metric_logging",
     "read_metrics": "metric_logging",
+    "write_atomic": "metric_logging",
     "StdoutLogger": "metric_logging",
     "TensorBoardLogger": "metric_logging",
     "WandBLogger": "metric_logging",

@@ -167,7 +167,7 @@ def test_a_text_beyond_the_models_positions_is_announced(tune):
         (["num_samples=0"], "num_samples is 0"),
         (['stop=[""]'], "stop has an empty text"),
         (["prompt_file=nowhere.jsonl"], "no such file"),
-        (["quantizer={_component_: torch.nn.Identity}"], "quantizer is not supported"),
+        (["quantizer={_component_: torch.nn.Identity}"], "quantizer is a Identity"),
     ],
 )
 def test_what_is_wrong_is_said_before_weights_are_read(tune, overrides, message):
