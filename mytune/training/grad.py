@@ -43,7 +43,7 @@ def grad_norm(parameters: list[Tensor]) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
     pieces = [piece for grad in grads for piece in _pieces(local(grad))]
     norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
-    norm = torch.linalg.vector_norm(torch.stack(norms))[None]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))[None]
     first = grads[0]
     if not isinstance(first, DTensor):
         return norm
