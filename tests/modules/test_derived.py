@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from mytune.modules import derived
 from mytune.modules.decoder import Block, DecoderConfig, rope_angles
 from mytune.modules.derived import Derived
 from mytune.modules.lora import LoRAConfig, adapter_state, apply_lora, base_weight
 from mytune.quantization import apply_nf4
-from mytune.training import checkpoint_activations, offload_activations
 
 SIZES = DecoderConfig(
     vocab_size=8,
