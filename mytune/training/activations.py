@@ -121,7 +121,7 @@ def offload_activations(
     if not enabled:
         yield None
         return
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
     waiting = Waiting(use_streams, weights, min_bytes)
     with torch.autograd.graph.saved_tensors_hooks(waiting.pack, waiting.unpack):
         yield waiting
