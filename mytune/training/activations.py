@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from mytune._sharded import local
 from mytune.errors import ConfigError, did_you_mean
 from mytune.modules.decoder import Decoder
 
