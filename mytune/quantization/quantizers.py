@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -172,6 +171,7 @@ def check_quantizer(
     """
     config = torchao_config(quantizer, device)
     name, widths = type(quantizer).__name__, _widths(model)
+    told = ", ".join(map(str, widths))
     if dtype is not torch.bfloat16 and type(config).__name__ in _BF16_ONLY:
         raise ConfigError(
             f"{name} is for dtype=bf16, not {str(dtype).removeprefix('torch.')}: its kernels have "
@@ -187,11 +187,13 @@ def check_quantizer(
     try:
         kinds = {try_config(config, width, device, dtype) for width in widths}
     except Exception as error:
-        raise ConfigError(f"{name} does not fit the model: {_one_line(error)}") from error
+        raise ConfigError(
+            f"{name} does not fit the model, whose linears have {told} inputs: {_one_line(error)}"
+        ) from error
     if kinds == {nn.Parameter}:
         raise ConfigError(
             f"{name} would quantize nothing: its group divides none of the inputs of the model's "
-            f"linears, {', '.join(map(str, widths))}; choose a smaller groupsize"
+            f"linears, {told}; choose a smaller groupsize"
         )
     odd = {kind.__name__ for kind in kinds} - {*CLASSES, "Parameter"}
     if save and odd:
@@ -233,8 +235,8 @@ def _runs(kind: type[Quantizer], device: torch.device, dtype: torch.dtype) -> bo
 
 
 def _one_line(error: Exception) -> str:
-    lines: Iterable[str] = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {next(iter(lines), '')}"
+    why = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {why}"
 
 
 def _version() -> str:

@@ -123,6 +123,16 @@ def test_without_measurements_the_base_is_never_loaded(quantize, tmp_path):
     assert report["before"] == {"bytes": size, "perplexity": None, "tokens_per_second": None}
 
 
+def test_a_builder_with_adapters_gives_its_sizes_only(quantize, tmp_path):
+    lora = ("model._component_=mytune.models.qlora_auto_model", "model.lora_modules=[q_proj]")
+    quantize(*QUICK, *lora)
+    expected = load(TINY, quantizer=Int8WeightOnlyQuantizer())
+    found = load(tmp_path / "q" / "quantized")
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        assert torch.equal(found(tokens), expected(tokens))
+
+
 def test_a_quantized_checkpoint_is_not_quantized_again(quantize, tmp_path):
     quantize(*QUICK)
     base = f"checkpointer.checkpoint_dir={tmp_path}/q/quantized"
