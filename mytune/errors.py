@@ -51,6 +51,10 @@ class ResourceError(TuneError):
     exit_code = 5
 
 
+class RanksLost(ResourceError):
+    """Other ranks died or do not answer; what is wrong is theirs to say, if they can."""
+
+
 class NumericalError(TuneError):
     """A loss or gradient that is not finite."""
 

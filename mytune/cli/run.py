@@ -46,6 +46,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print memory, steps and time of the run, and end"
     )
+    parser.add_argument("--compare", metavar="BASE", help="for eleuther_eval: compare=BASE")
     parser.add_config_arguments()
     return parser
 
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
         parser().print_help()
         return 0
     job = parse(words)
-    _prepare_torch()
+    prepare_torch()
     loaded = load(job)
     tell(loaded)
     if options or job.recipe.stem.endswith("_distributed") or words[0].endswith("_distributed"):
@@ -95,9 +96,10 @@ def parse(words: Sequence[str]) -> Job:
     recipe = registry.find_recipe(args.recipe)
     config = registry.find_config(args.config) if args.config else None
     _check_pair(args, recipe)
-    overrides = args.overrides + (["dry_run=True"] if args.dry_run else [])
+    overrides = args.overrides + ([f"compare={args.compare}"] if args.compare else [])
     if args.dry_run:
         _check_plannable(args.recipe, recipe)
+        overrides.append("dry_run=True")
     return Job(recipe, config, overrides, args.allow_component, args.dry_run)
 
 
@@ -163,7 +165,7 @@ def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
     same = getattr(caller, "__file__", None) and os.path.samefile(str(caller.__file__), file)
 
     def work() -> int:
-        _prepare_torch()
+        prepare_torch()
         job = parse(words)
         loaded = load(job)
         tell(loaded)
@@ -172,7 +174,7 @@ def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
     return report(work)
 
 
-def _prepare_torch() -> None:
+def prepare_torch() -> None:
     """Let CUDA's allocator grow its segments, which loses less memory; the user's setting wins."""
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

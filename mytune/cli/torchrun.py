@@ -15,8 +15,13 @@ from types import FrameType
 from typing import NoReturn
 
 from mytune.cli.report import DEBUG
-from mytune.cli.worker import FOLDER, first_failure, running
+from mytune.cli.worker import FOLDER, first_failure, running, silent_ranks
 from mytune.errors import ConfigError, TuneError
+
+_WHY: dict[int, str] = {
+    signal.SIGKILL: "; the system kills what uses too much memory",
+    signal.SIGABRT: "; NCCL ends a rank whose peers do not answer within distributed_timeout",
+}
 
 
 class RankDied(TuneError):
@@ -26,8 +31,7 @@ class RankDied(TuneError):
         how = f"ended with code {code}"
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
-        hint = "; the system kills what uses too much memory" if code == -signal.SIGKILL else ""
-        super().__init__(f"rank {rank} {how}{hint}")
+        super().__init__(f"rank {rank} {how}{_WHY.get(-code, '')}")
         self.exit_code = 128 - code if code < 0 else code
 
 
@@ -49,15 +53,18 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
             with _environment(name), _pass_signals_on(folder):
                 run.run(args)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
-            failure = error.get_first_failure()
+            failure = min((each.exitcode, rank) for rank, each in error.failures.items())
         except SignalException as error:
             return 128 + error.sigval
-        code, text = first_failure(_last_attempt(folder))
-    if failure and not code:
-        raise RankDied(failure[0], failure[1].exitcode)
-    if text:
-        print(text, file=sys.stderr)
-    return code
+        first = first_failure(_last_attempt(folder))
+        silent = silent_ranks(_last_attempt(folder))
+    if failure and (not first.code or (first.lost and failure[0] < 0)):
+        raise RankDied(failure[1], failure[0])
+    if first.text:
+        print(first.text, file=sys.stderr)
+    if first.lost and silent:
+        print(f"  no word from rank {', '.join(map(str, silent))}", file=sys.stderr)
+    return first.code
 
 
 @contextmanager
