@@ -102,7 +102,7 @@ def _step(settings: StepSettings, world_size: int) -> str:
 
 
 def _number(count: int, what: str) -> str:
-    plural = "es" if what.endswith("ch") else "s"
+    plural = "es" if what.endswith("batch") else "s"
     return f"{count:,} {what}{plural if count != 1 else ''}"
 
 
