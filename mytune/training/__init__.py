@@ -30,6 +30,7 @@ _WHERE = {
     "check_finite": "grad",
     "clip_grad_norm": "grad",
     "load_for_inference": "inference",
+    "settings_to_share": "fit",
     "smaller_settings": "fit",
     "get_constant_schedule_with_warmup": "lr_schedulers",
     "get_cosine_schedule_with_warmup": "lr_schedulers",
