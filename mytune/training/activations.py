@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -121,7 +122,7 @@ def offload_activations(
     if not enabled:
         yield None
         return
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
     waiting = Waiting(use_streams, weights, min_bytes)
     with torch.autograd.graph.saved_tensors_hooks(waiting.pack, waiting.unpack):
         yield waiting
@@ -144,13 +145,15 @@ class Waiting:
         """Send a tensor away; called by autograd in the forward pass."""
         if self._stays(tensor):
             return tensor
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
-        storage, moved = self._known.get(key, (None, None))
-        # An address alone says nothing: it is used again when its first tensor is gone.
-        if moved is None or storage is None or storage() is None:
+        storage = tensor.untyped_storage()
+        view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = (storage._cdata, tensor._version, *view)
+        known, moved = self._known.get(key, (None, None))
+        # An address alone says nothing: it is used again when its first storage is gone.
+        if moved is None or known is None or known() is None:
             copies = self._copies_of(tensor.device)
             moved = _Moved(copies.out(tensor), tensor.device, copies, len(self._order))
-            self._known[key] = weakref.ref(tensor.untyped_storage()), moved
+            self._known[key] = weakref.ref(storage), moved
             self._order.append(moved)
             self.nbytes += moved.host.nbytes
         moved.owed += 1
@@ -165,10 +168,10 @@ class Waiting:
     def _stays(self, tensor: Tensor) -> bool:
         # Weights that FSDP has gathered have another storage; their type gives them away.
         return (
-            type(tensor) is not Tensor
+            isinstance(tensor, nn.Parameter | DTensor)
             or tensor.nbytes < self._min_bytes
             or isinstance(tensor._base, nn.Parameter)
-            or tensor.untyped_storage().data_ptr() in self._weights
+            or tensor.untyped_storage()._cdata in self._weights
         )
 
     def unpack(self, packed: Tensor | _Moved) -> Tensor:
