@@ -15,7 +15,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import torch
 
 from mytune.config import Component, Components, component, config_yaml, instantiate
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
-from mytune.errors import ConfigError, StoppedEarly
+from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
+from mytune.evaluation import evaluate_scores, load_tasks
 from mytune.modules import (
     Decoder,
     adapter_config,
@@ -33,10 +34,13 @@ from mytune.modules import (
 )
 from mytune.tokenizers import ModelTokenizer
 from mytune.training import (
+    MemoryPlan,
     MetricLoggers,
     ProgressBar,
     Published,
+    RunFacts,
     StepInBackward,
+    StepSettings,
     StopSignal,
     all_sum,
     check_disk_space,
@@ -47,6 +51,9 @@ from mytune.training import (
     clip_grad_norm,
     compile_blocks,
     count_parameters,
+    describe_plan,
+    device_memory,
+    fewest_ranks,
     get_device,
     get_dtype,
     get_lr,
@@ -54,10 +61,14 @@ from mytune.training import (
     load_optimizer_state,
     load_weights,
     log,
+    measured_speed,
     memory_stats,
     offload_activations,
     optimizer_state,
     output_dir_lock,
+    parallel_dims,
+    plan_memory,
+    planned_device,
     process_group,
     rank,
     recomputed_blocks,
@@ -65,11 +76,16 @@ from mytune.training import (
     refuse_replicated,
     remove_other_run,
     reset_peak_memory,
+    reshard,
+    restarts,
     seed_step,
     set_deterministic,
     set_seed,
     setup_logging,
+    shard_model,
+    smaller_settings,
     sum_gradients,
+    sync_gradients,
     use_fast_float32_matmul,
     world_size,
     write_report,
@@ -105,6 +121,8 @@ class Config:
     save_adapter_weights_only: bool = False
     # Save step_N/ every n optimizer steps, beside the one at the end of each epoch.
     save_every_n_steps: int | None = None
+    # Write step_N/ while training goes on, and in it only what resuming needs.
+    enable_async_checkpointing: bool = False
 
     # Rows to train on; a list of datasets is concatenated.
     dataset: Components
@@ -114,6 +132,16 @@ class Config:
     run_val_every_n_steps: int | None = None
     # Rows per micro-batch of the validation; if not given, batch_size.
     batch_size_val: int | None = None
+    # Tasks of lm_eval, or your own, to evaluate on while training; logged as eval/TASK/METRIC.
+    eval_tasks: list[str] | None = None
+    # Evaluate every n steps; if not given, at the end of each epoch.
+    eval_every_n_steps: int | None = None
+    # Documents per task, the first ones; below 1 a share of them; null for all.
+    eval_limit: float | None = None
+    # A folder with YAML files of your own tasks; functions that these name are run.
+    eval_include_path: str | None = None
+    # Put questions into the tokenizer's chat format.
+    eval_chat_template: bool = False
     # Order rows anew in every epoch, from the seed.
     shuffle: bool = True
     # Rows per micro-batch and device.
@@ -156,8 +184,27 @@ class Config:
     activation_offloading_use_streams: bool = True
     # Step the optimizer in the backward pass and free each gradient at once: less memory.
     optimizer_in_bwd: bool = False
+
+    # Ranks that share one copy of the model (FSDP2); -1: all, 1: each holds it whole, which is what
+    # LoRA does by default where it fits.
+    data_parallel_shard_dim: int | None = None
+    # Copies of the model that those ranks make up, for instance one per node.
+    data_parallel_replicate_dim: int | None = None
+    # Let go of a block's gathered weights until the backward pass: less memory, more messages.
+    fsdp_reshard_after_forward: bool = True
+    # Keep sharded weights, gradients and optimizer state in the CPU's memory.
+    fsdp_cpu_offload: bool = False
+    # Sum sharded gradients after every micro-batch, not once a step: less memory, more messages.
+    fsdp_sync_every_micro_batch: bool = False
+    # Seconds that a rank waits for the others before the run ends.
+    distributed_timeout: float = 600.0
     # Deterministic kernels: default, warn, or error where there is none.
     cudnn_deterministic_mode: str | int | None = None
+
+    # Print memory, steps and time of the run, and end: `tune run ... --dry-run`.
+    dry_run: bool = False
+    # GiB of memory of each device, for plans; if not given, what the device has.
+    device_memory: float | None = None
 
     # Where metrics go; a list writes to several.
     metric_logger: Components = component(
@@ -179,6 +226,8 @@ def main(cfg: Config) -> None:
     """Run the whole fine-tuning: prepare, train, save, report."""
     setup_logging(cfg.log_level, rank())
     check_counts(cfg)
+    if cfg.dry_run:
+        return dry_run(cfg)
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
     set_deterministic(cfg.cudnn_deterministic_mode)
@@ -187,8 +236,8 @@ def main(cfg: Config) -> None:
     checkpointer = instantiate(cfg.checkpointer)
 
     with ExitStack() as stack:
-        stack.enter_context(process_group(device))
-        resume = cfg.resume_from_checkpoint or checkpointer.resume
+        stack.enter_context(process_group(device, cfg.distributed_timeout))
+        resume = cfg.resume_from_checkpoint or checkpointer.resume or restarts() > 0
         own_output_dirs(stack, cfg, checkpointer, resume)
         resumed = checkpointer.latest() if resume else None
         if resume and not resumed:
@@ -202,6 +251,7 @@ def main(cfg: Config) -> None:
         tokenizer = instantiate(cfg.tokenizer)
         loader = make_loader(cfg, instantiate(cfg.dataset, tokenizer), tokenizer, seed)
         val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
+        tasks = load_tasks(cfg.eval_tasks, cfg.eval_include_path) if cfg.eval_tasks else None
         run = identity(cfg, loader, tokenizer, seed)
         check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
@@ -246,6 +296,8 @@ def main(cfg: Config) -> None:
             tokens = int(all_sum(count_targets(micro_batches), device))
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
+                last = batch is micro_batches[-1]
+                sync_gradients(model, last or cfg.fsdp_sync_every_micro_batch)
                 with offload_activations(
                     model, cfg.enable_activation_offloading, cfg.activation_offloading_use_streams
                 ):
@@ -280,7 +332,15 @@ def main(cfg: Config) -> None:
             if val_loader and is_due(step, cfg.run_val_every_n_steps, otherwise=epoch_ends):
                 metrics["val_loss"] = validate(model, loss_fn, val_loader, device)
                 log.info("step %d: val_loss %.4f", step, metrics["val_loss"])
-            if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics:
+            scores = {}
+            if tasks and is_due(step, cfg.eval_every_n_steps, otherwise=epoch_ends):
+                chat = cfg.eval_chat_template
+                scores = evaluate_scores(
+                    model, tokenizer, tasks, limit=cfg.eval_limit, chat_template=chat
+                )
+                log.info("step %d: %s", step, " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+                metrics |= scores
+            if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or scores:
                 logger.log_dict(metrics, step)
             progress.update(step, loss_value, speed)
             profiler.step()
@@ -293,6 +353,7 @@ def main(cfg: Config) -> None:
             if stopping:
                 break
             lap = time.perf_counter()
+        checkpointer.finish()
 
         report(cfg, checkpointer, logger, step, trained_tokens, seconds, model, device)
         if step < total_steps:
@@ -302,10 +363,95 @@ def main(cfg: Config) -> None:
             )
 
 
+def dry_run(cfg: Config) -> None:
+    """Print what this run would take, and whether it fits; no weight is read, nothing written."""
+    device = planned_device(cfg.device)
+    facts, seq_len = look_at_data(cfg)
+    model, settings, plan = plan_run(cfg, device, seq_len)
+    speed = measured_speed(cfg.output_dir, model)
+    print(describe_plan(plan, settings, model, facts, world_size=world_size(), speed=speed))
+    if plan.fits is False:
+        raise ResourceError(f"the run does not fit; {what_would_fit(cfg, device, seq_len)}")
+
+
+def look_at_data(cfg: Config) -> tuple[RunFacts, int | None]:
+    """Return rows and steps of the run and tokens of the longest row; None where data are away."""
+    try:
+        tokenizer = instantiate(cfg.tokenizer)
+        data = instantiate(cfg.dataset, tokenizer)
+    except (ConfigError, UnreachableError) as error:  # a ConfigError: no tokenizer's file
+        return RunFacts(epochs=cfg.epochs, unknown=error.message), None
+    loader = make_loader(cfg, data, tokenizer, seed=0)
+    stats, longest = loader.dataset.stats, int(loader.dataset.lengths.max())
+    per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size()
+    part = min(1.0, loader.steps_per_epoch * per_step / len(loader.dataset))
+    facts = RunFacts(
+        rows=stats.rows,
+        tokens=round(part * stats.tokens),
+        trained_tokens=round(part * stats.trainable_tokens),
+        steps_per_epoch=loader.steps_per_epoch,
+        epochs=cfg.epochs,
+    )
+    return facts, loader.dataset.pad_to or longest
+
+
+def plan_run(
+    cfg: Config, device: torch.device, seq_len: int | None
+) -> tuple[Decoder, StepSettings, MemoryPlan]:
+    """Return the model without memory, how it is trained, and what that takes on each device.
+
+    Args:
+        seq_len: tokens of the longest row; if not known, what the tokenizer cuts rows at, or 2048.
+    """
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    data = as_list(cfg.dataset)
+    settings = StepSettings(
+        optimizer=cfg.optimizer,
+        dtype=get_dtype(cfg.dtype, torch.device("cpu")),
+        device=device.type,
+        batch_size=cfg.batch_size,
+        seq_len=seq_len or cfg.tokenizer.get("max_seq_len") or min(2048, model.config.max_seq_len),
+        packed=any(each.get("packed", False) for each in data),
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        recompute=range(model.config.num_layers if cfg.enable_activation_checkpointing else 0),
+        offload=cfg.enable_activation_offloading,
+        compile=cfg.compile,
+        reshard=cfg.fsdp_reshard_after_forward,
+        cpu_offload=cfg.fsdp_cpu_offload,
+        sync_every_micro_batch=cfg.fsdp_sync_every_micro_batch,
+    )
+    memory, loss_fn = device_memory(device, cfg.device_memory), instantiate(cfg.loss)
+    plan = plan_memory(model, loss_fn, settings, memory)
+    _, ranks = parallel_dims(
+        cfg.data_parallel_shard_dim,
+        cfg.data_parallel_replicate_dim,
+        fits=bool(adapter_state(model)) and bool(plan.fits),
+    )
+    if ranks > 1:
+        settings = replace(settings, shard_ranks=ranks)
+        plan = plan_memory(model, loss_fn, settings, memory)
+    return model, settings, plan
+
+
+def what_would_fit(cfg: Config, device: torch.device, seq_len: int | None) -> str:
+    """Return what to type so that the run fits: settings that need less, else more devices."""
+    for words, smaller in smaller_settings(cfg):
+        if plan_run(smaller, device, seq_len)[2].fits:
+            return f"it would with {words}"
+    words, smaller = next(smaller_settings(cfg), ("", cfg))  # what changes no result
+    model, settings, plan = plan_run(smaller, device, seq_len)
+    ranks = fewest_ranks(model, instantiate(cfg.loss), settings, plan.memory or 0)
+    if ranks is None:
+        return "nor do the settings that need least"
+    return f"it would on {ranks} devices that share the model{words and f', with {words}'}"
+
+
 def check_counts(cfg: Config) -> None:
     """Refuse numbers of steps and epochs below 1."""
     keys = ("epochs", "save_every_n_steps", "run_val_every_n_steps", "batch_size_val")
-    counts = {key: getattr(cfg, key) for key in (*keys, "log_every_n_steps")}
+    keys += ("log_every_n_steps", "eval_every_n_steps")
+    counts = {key: getattr(cfg, key) for key in keys}
     if low := [f"{key} is {n}" for key, n in counts.items() if n is not None and n < 1]:
         raise ConfigError(f"{', '.join(low)}; it must be at least 1")
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
@@ -349,6 +495,11 @@ def make_loader(
         world_size=world_size(),
         max_steps_per_epoch=cfg.max_steps_per_epoch,
     )
+    if len(loader.dataset) < world_size():
+        raise ConfigError(
+            f"there are {world_size()} processes, but {len(loader.dataset)} rows to train on; "
+            "start fewer processes (--nproc_per_node)"
+        )
     log.info("data: %s, %d steps per epoch", loader.dataset.stats, loader.steps_per_epoch)
     return loader
 
@@ -436,11 +587,31 @@ def load_model(
     blocks = recomputed_blocks(model.config.num_layers, *rule)
     checkpoint_activations(model, blocks, keep_products=cfg.ac_option == "op")
     compile_blocks(model, cfg.compile)
+    shard(cfg, model, device)
     refuse_replicated(model, cfg.optimizer_in_bwd)
     has_adapters = bool(adapter_state(model))
     weights = (checkpointer if has_adapters or not resumed else resumed).weights(model.config)
     load_weights(model, weights, device, dtype)
     load_adapters(model, (resumed or checkpointer).adapter_weights(), device, seed)
+
+
+def shard(cfg: Config, model: Decoder, device: torch.device) -> None:
+    """Share the model out over the ranks, or let each hold it whole."""
+    replicate, ranks = parallel_dims(
+        cfg.data_parallel_shard_dim,
+        cfg.data_parallel_replicate_dim,
+        fits=bool(adapter_state(model)),
+    )
+    if world_size() > 1:
+        log.info("ranks: %d copies of the model, each shared by %d", replicate, ranks)
+    shard_model(
+        model,
+        device,
+        replicate=replicate,
+        shard=ranks,
+        reshard_after_forward=cfg.fsdp_reshard_after_forward,
+        cpu_offload=cfg.fsdp_cpu_offload,
+    )
 
 
 def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtype) -> None:
@@ -484,6 +655,7 @@ def validate(model: Decoder, loss_fn: Any, loader: BatchLoader, device: torch.de
         tokens += count_targets(micro_batches)
         for batch in micro_batches:
             loss += loss_fn(model, to_device(batch, device))
+    reshard(model)
     model.train()
     return all_sum(loss.item(), device) / max(all_sum(tokens, device), 1)
 
@@ -502,11 +674,14 @@ def save(
     """Publish a checkpoint: weights to use, adapter, and what resuming needs."""
     adapter = adapter_state(model)
     tensors, optimizer_json = optimizer_state(model, optimizer)
+    to_resume = cfg.enable_async_checkpointing and name.startswith("step_")
+    adapter_only = bool(adapter) and (cfg.save_adapter_weights_only or to_resume)
     checkpointer.save(
         name,
         step=step,
         dtype=dtype,
-        weights=None if adapter and cfg.save_adapter_weights_only else merged_weights(model),
+        weights=None if adapter_only or to_resume else merged_weights(model),
+        trained=dict(model.named_parameters()) if to_resume and not adapter else None,
         config=model.config,
         adapter=adapter,
         adapter_config=adapter_config(model),
@@ -518,6 +693,7 @@ def save(
             "totals": totals,
         },
         run={**run, "samples_seen": step * run["rows_per_step"]},
+        background=to_resume,
     )
 
 

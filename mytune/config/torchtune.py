@@ -11,6 +11,13 @@ NAMES = {
     "torchtune.utils.": "mytune.training.",
     "torchtune.utils.quantization.": "mytune.quantization.",
     "torchtune.training.quantization.": "mytune.quantization.",
+    # What was trained for a quantizer is quantized by it.
+    "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer": (
+        "mytune.quantization.Int8DynActInt4WeightQuantizer"
+    ),
+    "torchtune.training.quantization.Int4WeightOnlyQATQuantizer": (
+        "mytune.quantization.Int4WeightOnlyQuantizer"
+    ),
     "torchtune.modules.get_cosine_schedule_with_warmup": (
         "mytune.training.get_cosine_schedule_with_warmup"
     ),
@@ -51,6 +58,7 @@ RETIRED = {
     "fp8_recipe_name": Retired(None, "there is no fp8 training"),
     "resize_token_embeddings": Retired((False, None), "the vocabulary keeps its size"),
     "quantizer": Retired((None,), "this recipe does not quantize"),
+    "seed": Retired(None, "this recipe draws nothing at random"),
     "fake_quant_after_n_steps": Retired((None,), "this recipe does not quantize"),
     "early_exit_loss": Retired((None,), "there is no early exit"),
     "layer_dropout": Retired((None,), "there is no layer dropout"),

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from mytune.config import instantiate
 from mytune.errors import ConfigError, TuneError
 from mytune.training.distributed import world_size
-from mytune.training.grad import grad_norms, total_norm
+from mytune.training.grad import grad_norm, total_norm
 
 
 def check_optimizer(component: Mapping[str, Any], device: torch.device) -> None:
@@ -113,7 +113,7 @@ class StepInBackward:
                 parameter.register_post_accumulate_grad_hook(partial(self._step, group))
 
     def _step(self, group: dict[str, Any], parameter: Tensor) -> None:
-        self._norms[parameter] = grad_norms([parameter])[0]
+        self._norms[parameter] = grad_norm([parameter])
         groups, parameters = self._optimizer.param_groups, group["params"]
         self._optimizer.param_groups = [group]
         group["params"] = [parameter]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mytune.errors import CheckpointError, ConfigError
-from mytune.training.checkpointing.optimizer import _placing, load_optimizer_state, optimizer_state
+from mytune.training.checkpointing.optimizer import _reader, load_optimizer_state, optimizer_state
 from mytune.training.checkpointing.safetensors_io import write_safetensors
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -197,5 +197,5 @@ def test_state_that_cannot_be_stored_is_refused_by_name() -> None:
     [("exp_avg", {}, "meta"), ("step", {}, "cpu"), ("step", {"fused": True}, "meta")],
 )
 def test_state_goes_where_the_optimizer_wants_it(key: str, group: Any, device: str) -> None:
-    place = _placing(torch.empty(3, device="meta"), key, group)
-    assert place(torch.ones(3)).device.type == device
+    read = _reader({"saved": torch.ones(3)}, torch.empty(3, device="meta"), key, group)
+    assert read("saved").device.type == device

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from mytune._sharded import own_rows, sharded_as
 from mytune.errors import CheckpointError, ConfigError
+from mytune.training.checkpointing.files import read_rows, shape_of
 
 log = logging.getLogger("mytune")
 
@@ -69,12 +71,15 @@ def load_optimizer_state(
     own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     _demand_same(own, optimizer, said)
     for group, saved in zip(optimizer.param_groups, said["groups"], strict=True):
-        settings = {k: _decode(v, tensors, Tensor.clone) for k, v in saved["settings"].items()}
+        settings = {
+            key: _decode(value, lambda path: tensors[path].clone())
+            for key, value in saved["settings"].items()
+        }
         _take_settings(group, settings)
         for name in set(saved["params"]) & said["state"].keys():
             parameter, states = owned[name]
             states[parameter] = {
-                key: _decode(value, tensors, _placing(parameter, key, group, optimizer))
+                key: _decode(value, _reader(tensors, parameter, key, group, optimizer))
                 for key, value in said["state"][name].items()
             }
 
@@ -127,10 +132,17 @@ def _demand_same(own: list[list[str]], optimizer: Optimizer, said: Mapping[str, 
         )
 
 
-def _placing(
-    parameter: Tensor, key: str, group: Mapping[str, Any], optimizer: Any = None
-) -> Callable[[Tensor], Tensor]:
-    """Return what moves a saved tensor to where the optimizer wants it.
+Reader = Callable[[str], Tensor]
+
+
+def _reader(
+    tensors: Mapping[str, Tensor],
+    parameter: Tensor,
+    key: str,
+    group: Mapping[str, Any],
+    optimizer: Any = None,
+) -> Reader:
+    """Return what reads a saved tensor to where the optimizer wants it, sharded as its parameter.
 
     The copy lets go of the checkpoint's file. Step counters live on the CPU unless the
     implementation needs them on the device; bitsandbytes' paged states in memory that it makes.
@@ -138,16 +150,17 @@ def _placing(
     on_device = key != "step" or group.get("capturable") or group.get("fused")
     device = parameter.device if on_device else torch.device("cpu")
 
-    def place(tensor: Tensor) -> Tensor:
-        if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
-            mesh, placements = parameter.device_mesh, parameter.placements
-            return distribute_tensor(tensor.to(device), mesh, placements, src_data_rank=None)
+    def read(path: str) -> Tensor:
+        if isinstance(parameter, DTensor) and shape_of(tensors, path) == parameter.shape:
+            rows = read_rows(tensors, path, own_rows(parameter))
+            return sharded_as(parameter, rows.to(device, copy=True))
+        tensor = tensors[path]
         if getattr(optimizer, "is_paged", False) and key in ("state1", "state2"):
             paged: Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)
             return paged.copy_(tensor)
         return tensor.to(device, copy=True)
 
-    return place
+    return read
 
 
 def _class_name(value: object) -> str:
@@ -182,25 +195,25 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _decode(value: Any, tensors: Mapping[str, Tensor], place: Callable[[Tensor], Tensor]) -> Any:
+def _decode(value: Any, read: Reader) -> Any:
     """The inverse of `_encode`."""
     if not isinstance(value, Mapping):
         return value
     match value:
         case {"tensor": str(path), **rest} if not rest:
-            return place(tensors[path])
+            return read(path)
         case {"dtype": str(name), **rest} if not rest:
             return torch.empty(0, dtype=getattr(torch, name)).dtype
         case {"list": list(items), **rest} if not rest:
-            return [_decode(item, tensors, place) for item in items]
+            return [_decode(item, read) for item in items]
         case {"tuple": list(items), **rest} if not rest:
-            return tuple(_decode(item, tensors, place) for item in items)
+            return tuple(_decode(item, read) for item in items)
         case {"class": name, "parts": parts, "attributes": attributes}:
             return _tensor_class(name).__tensor_unflatten__(  # type: ignore[attr-defined]
-                {key: _decode(part, tensors, place) for key, part in parts.items()},
-                _decode(attributes, tensors, place),
+                {key: _decode(part, read) for key, part in parts.items()},
+                _decode(attributes, read),
             )
-    return {key: _decode(item, tensors, place) for key, item in value.items()}
+    return {key: _decode(item, read) for key, item in value.items()}
 
 
 def _tensor_class(name: str) -> type[Tensor]:
