@@ -22,7 +22,8 @@ ALLOWED = {
     "modules": {"quantization"},
     "models": {"modules", "quantization", "tokenizers"},
     "datasets": {"tokenizers", "config"},
-    "generation": {"modules"},
+    "generation": {"modules", "tokenizers"},
+    "evaluation": {"modules", "tokenizers", "generation", "training"},
     "training": {"modules", "models", "quantization", "config", "tokenizers"},
     "assets": {"tokenizers"},
 }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
+from mytune.modules.derived import Derived, normed, project, swiglu
 from mytune.modules.masks import Mask, attend_blocks
 
 
@@ -109,10 +110,10 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [b, h, s, e]
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask | None, cache: Cache | None) -> Tensor:
-        q = rotate(self._heads(self.q_proj(x)), rope)
-        k = rotate(self._heads(self.k_proj(x)), rope)
-        v = self._heads(self.v_proj(x))
+    def forward(self, x: Derived, rope: Rope, mask: Mask | None, cache: Cache | None) -> Tensor:
+        q = rotate(self._heads(project(self.q_proj, x)), rope)
+        k = rotate(self._heads(project(self.k_proj, x)), rope)
+        v = self._heads(project(self.v_proj, x))
         if isinstance(mask, BlockMask):
             return self.o_proj(attend_blocks(q, k, v, mask).transpose(1, 2).flatten(2))
         if cache is not None:
@@ -154,8 +155,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.embed_dim, config.intermediate_dim, bias=False)
         self.down_proj = nn.Linear(config.intermediate_dim, config.embed_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Derived) -> Tensor:
+        hidden = swiglu(project(self.gate_proj, x), project(self.up_proj, x))
+        return project(self.down_proj, hidden)
 
 
 class Block(nn.Module):
@@ -171,8 +173,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope, mask: Mask | None = None, cache: Cache | None = None
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attn(normed(self.attn_norm, x), rope, mask, cache)
+        return x + self.mlp(normed(self.mlp_norm, x))
 
 
 class Decoder(nn.Module):

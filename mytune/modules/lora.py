@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mytune._sharded import fill, whole
 from mytune.errors import CheckpointError, ConfigError, did_you_mean
+from mytune.modules.derived import Derived, dropped, product
 from mytune.quantization.nf4 import NF4Linear
+from mytune.quantization.tensors import is_quantized
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class _LoRA(nn.Module):
     lora_A: nn.Linear
     lora_B: nn.Linear
     lora_magnitude_vector: nn.Parameter | None
+    takes_derived = True
 
     def add_adapter(self, lora: LoRAConfig) -> None:
         """Give an adopted linear its adapters, uninitialised, on the device of its weight."""
@@ -73,18 +75,20 @@ class _LoRA(nn.Module):
             merged *= (whole(self.lora_magnitude_vector) / merged.norm(dim=1))[:, None]
         return merged.to(weight.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        low = F.linear(
-            F.dropout(x, self.lora.dropout, self.training), self.lora_A.weight.to(x.dtype)
-        )
-        high = F.linear(low, self.lora_B.weight.to(x.dtype))
+    def forward(self, x: Tensor | Derived) -> Tensor:
+        x = x if isinstance(x, Derived) else Derived(x)
+        y = super().forward(x.value)
+        low = product(self._dropout(x), self.lora_A.weight)
+        high = product(Derived(low), self.lora_B.weight)
         y = torch.add(y, high, alpha=self.lora.scaling)
         if self.lora_magnitude_vector is None:
             return y
         # The norm is a constant to the gradient, as in DoRA's paper (section 4.3).
         norm = (base_weight(self).float() + self.delta()).detach().norm(dim=1)
         return y * (self.lora_magnitude_vector / norm).to(y.dtype)
+
+    def _dropout(self, x: Derived) -> Derived:
+        return dropped(x, self.lora.dropout) if self.training and self.lora.dropout else x
 
 
 class LoRALinear(_LoRA, nn.Linear):
@@ -103,7 +107,8 @@ def base_weight(module: nn.Module) -> Tensor:
     if isinstance(module, NF4Linear):
         return module.dequantize()
     assert isinstance(module.weight, Tensor)
-    return whole(module.weight)
+    weight = whole(module.weight)
+    return weight.dequantize() if is_quantized(weight) else weight
 
 
 def apply_lora(model: nn.Module, lora: LoRAConfig) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mytune.errors import ConfigError
 from mytune.modules.decoder import Decoder
 from mytune.modules.masks import packed_mask
 from mytune.quantization.nf4 import NF4Embedding, NF4Linear
@@ -31,18 +32,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
             picked = labels[rows, None]
-            logits = _logits(hidden[rows], weight)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += (log_sum - logits.gather(-1, picked)).sum()
+            log_p = _logits(hidden[rows], weight).log_softmax(-1, dtype=torch.float32)
+            loss -= log_p.gather(-1, picked).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            grad = logits.sub_(log_sum).exp_()  # softmax, in place
+            grad = log_p.exp_()
             grad.scatter_add_(-1, picked, torch.full_like(grad[:, :1], -1.0))
             grad = grad.to(hidden.dtype)
             if needs_hidden:
                 _grad_hidden(grad, weight, out=ctx.grad_hidden[rows])
             if needs_weight:
-                ctx.grad_weight += grad.T @ hidden[rows]
+                _add_product(ctx.grad_weight, grad.T, hidden[rows])
+            del log_p, grad  # before the next chunk's logits are made
         return loss
 
     @staticmethod
@@ -57,10 +58,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grads[0], grads[1], None, None
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to a float32 total; without a product in between where that is float32, too."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
 def _logits(hidden: Tensor, weight: Tensor | NF4Linear) -> Tensor:
-    """Return the logits [n, v], float32; of a 4-bit head only slices are dequantized at a time."""
+    """Return the logits [n, v]; of a 4-bit head only slices are dequantized at a time."""
     if isinstance(weight, Tensor):
-        return F.linear(hidden, weight).float()
+        return F.linear(hidden, weight)
     logits = hidden.new_empty(len(hidden), weight.out_features, dtype=torch.float32)
     for outputs, part in weight.slices(hidden.dtype):
         logits[:, outputs] = F.linear(hidden, part)
@@ -101,8 +110,11 @@ class LinearCrossEntropyLoss:
 
     Args:
         num_output_chunks: pieces to cut the trained rows into; else `chunk_size` decides.
-        ignore_index: label of a token that is not trained.
+        ignore_index: label of a token that is not trained; every dataset writes -100.
         chunk_size: trained rows whose logits are held at a time.
+
+    Raises:
+        ConfigError: another `ignore_index`: steps would be divided by another number of tokens.
     """
 
     def __init__(
@@ -111,12 +123,16 @@ class LinearCrossEntropyLoss:
         ignore_index: int = IGNORE_INDEX,
         chunk_size: int = 512,
     ) -> None:
+        if ignore_index != IGNORE_INDEX:
+            raise ConfigError(
+                f"loss.ignore_index is {ignore_index}; tokens that are not trained are labelled "
+                f"{IGNORE_INDEX} by every dataset: leave it out"
+            )
         self.num_output_chunks = num_output_chunks
-        self.ignore_index = ignore_index
         self.chunk_size = chunk_size
 
     def __call__(self, model: Decoder, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum (float32, 0-d) over labels that are not `ignore_index`.
+        """Return the sum (float32, 0-d) over labels that are not -100.
 
         Args:
             batch: `tokens` and `labels` [b, s], labels already shifted; for packed rows also
@@ -133,7 +149,7 @@ class LinearCrossEntropyLoss:
         labels = batch["labels"].flatten()
         index = batch.get("target_index")
         if index is None:
-            index = target_index(labels, self.ignore_index)
+            index = target_index(labels)
         hidden, labels = hidden.flatten(0, 1)[index], labels[index]
         return self._loss(model, hidden, labels)
 
@@ -156,6 +172,6 @@ def _head_loss(model: Decoder, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model.head(hidden).float(), labels, reduction="sum")
 
 
-def target_index(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def target_index(labels: Tensor) -> Tensor:
     """Return the flat places [n] of the labels that are trained."""
-    return (labels.flatten() != ignore_index).nonzero().squeeze(1)
+    return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)

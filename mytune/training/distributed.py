@@ -7,16 +7,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mytune.errors import ConfigError, RanksLost
+
 # On a GPU the CPU's backend serves what is offloaded there.
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+_GLOOS_WORDS = ("gloo", "Application timeout")  # it raises plain RuntimeErrors
 Number = TypeVar("Number", float, Tensor)
+Object = TypeVar("Object")
 
 
 def rank() -> int:
@@ -29,18 +33,38 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def restarts() -> int:
+    """Return how often torchrun has started the ranks anew (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Iterator[None]:
     """Join the other ranks for as long as the block lasts.
 
     Args:
         timeout_seconds: how long a rank waits for the others before the run ends.
+
+    Raises:
+        ConfigError: no time at all.
+        RanksLost: others died or did not answer in time.
     """
+    if not timeout_seconds > 0:
+        raise ConfigError(f"distributed_timeout is {timeout_seconds}; it must be above 0 seconds")
     if world_size() == 1:
         yield
         return
     dist.init_process_group(_BACKENDS[device.type], timeout=timedelta(seconds=timeout_seconds))
-    yield  # after an error the other ranks are gone, and leaving in order would wait for them
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or any(w in str(error) for w in _GLOOS_WORDS)):
+            raise
+        raise RanksLost(
+            f"rank {rank()} lost the other ranks: one died, or did not answer for "
+            f"{timeout_seconds:g} s; a step that takes longer needs a larger distributed_timeout"
+        ) from error
+    # Not after an error: the other ranks are gone, and leaving in order would wait for them.
     dist.destroy_process_group()
 
 
@@ -102,3 +126,12 @@ def patient_barrier() -> None:
 def _patient_group() -> dist.ProcessGroup:
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return group
+
+
+def gather_objects(value: Object) -> list[Object]:
+    """Return every rank's value, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,14 +1,12 @@
-"""What happens to a model between its builder and its first step: recompute, compile, load."""
+"""What happens to a model between its builder and its first step: compile, load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mytune._sharded import fill, local, own_rows, sharded_as
 from mytune.errors import CheckpointError
@@ -17,43 +15,6 @@ from mytune.modules.lora import adapter_config, adapter_state, init_adapters, is
 from mytune.quantization.nf4 import NF4Linear
 from mytune.training.checkpointing.files import read_rows
 from mytune.training.checkpointing.peft import Adapter, check_adapter
-
-
-def checkpoint_activations(model: Decoder, enabled: bool = True) -> None:
-    """Make every block keep only its input and recompute the rest in the backward pass."""
-    if enabled:
-        for layer in model.layers:
-            layer.forward = _recomputed(layer.forward)
-
-
-def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # A function of our own: torch.compile skips a module whose forward is `checkpoint` itself.
-    def run(*args: Any) -> Tensor:
-        result: Tensor = checkpoint(forward, *args, use_reentrant=False)
-        return result
-
-    return run
-
-
-def offload_activations(model: nn.Module, enabled: bool) -> AbstractContextManager[object]:
-    """Return a context in which what the backward pass needs waits in the CPU's memory.
-
-    Weights stay where they are, also as the transposed views that products save.
-    """
-    if not enabled:
-        return nullcontext()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
-        if tensor.untyped_storage().data_ptr() in weights:
-            return tensor.device, tensor
-        return tensor.device, tensor.cpu()
-
-    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
-        device, tensor = packed
-        return tensor.to(device)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def compile_blocks(model: Decoder, enabled: bool = True) -> None:

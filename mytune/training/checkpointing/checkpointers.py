@@ -16,7 +16,9 @@ from torch import Tensor
 
 from mytune._sharded import whole
 from mytune.errors import CheckpointError, ConfigError, did_you_mean
-from mytune.modules.decoder import DecoderConfig
+from mytune.modules.decoder import Decoder, DecoderConfig
+from mytune.quantization.quantizers import describe_config, torchao_config
+from mytune.quantization.tensors import stored_bytes
 from mytune.training.checkpointing.companions import companion_files, companions
 from mytune.training.checkpointing.files import FileRecord, to_json, told_size
 from mytune.training.checkpointing.formats import HF, META, TORCHTUNE, Format
@@ -30,6 +32,7 @@ from mytune.training.checkpointing.publish import (
     read_manifest,
     verify,
 )
+from mytune.training.checkpointing.quantized import publish_quantized, read_quantized
 from mytune.training.checkpointing.resume import MODEL, OPTIMIZER, STATE, Published, latest
 from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
 from mytune.training.checkpointing.tokenizer_files import tokenizer_files
@@ -111,6 +114,41 @@ class _Checkpointer:
         where = (told_size(size), self.format.name, self.source_dir)
         log.info("Reading %s of %s weights from %s", *where)
         return self.source.weights(config)
+
+    def quantized_weights(
+        self, config: DecoderConfig, device: torch.device
+    ) -> dict[str, Tensor] | None:
+        """Return the weights of a checkpoint that torchao quantized; None if it is not one.
+
+        Raises:
+            CheckpointError: they do not fit the model, or are damaged.
+            ResourceError: they are laid out for another device.
+        """
+        if not self.source.is_quantized:
+            return None
+        log.info("Reading quantized weights from %s", self.source_dir)
+        files = [file for group in self.source.groups for file in group.files]
+        return read_quantized(files, config, device)
+
+    def save_quantized(self, target: Path, model: Decoder, quantizer: Any) -> None:
+        """Publish a model whose linears `quantizer` has quantized, for inference.
+
+        It is in Hugging Face's layout whatever the checkpoint is in: `FullModelHFCheckpointer`
+        reads it.
+
+        Args:
+            target: the directory to make; one that is there is replaced when the new one verifies.
+            quantizer: a quantizer of mytune's or a config of torchao's.
+
+        Raises:
+            ResourceError: the disk is full, read-only or faulty.
+            NumericalError: a weight or scale is not finite.
+        """
+        size = sum(stored_bytes(parameter) for parameter in model.parameters())
+        check_disk_space(target.parent, size)
+        config = torchao_config(quantizer, model.embed_tokens.weight.device)
+        publish_quantized(target, model, describe_config(config), self.source_dir)
+        log.info("Model checkpoint of size %s saved to %s", told_size(size), target)
 
     def load_checkpoint(self) -> dict[str, dict[str, Tensor]]:
         """Return `{"model": weights}`; the sizes come from the config.json or params.json there."""

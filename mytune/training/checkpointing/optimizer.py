@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ def optimizer_state(
     Raises:
         ConfigError: the optimizer keeps something that cannot be stored.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    owned = _owned(model, optimizer)
+    names = {parameter: name for name, (parameter, _) in owned.items()}
     tensors: dict[str, Tensor] = {}
     groups = [
         {
@@ -50,9 +51,9 @@ def optimizer_state(
         for i, group in enumerate(optimizer.param_groups)
     ]
     state = {
-        name: _encode(optimizer.state[parameter], f"optimizer/{name}", tensors)
-        for parameter, name in names.items()
-        if parameter in optimizer.state
+        name: _encode(states[parameter], f"optimizer/{name}", tensors)
+        for name, (parameter, states) in owned.items()
+        if parameter in states
     }
     return tensors, {"class": _class_name(optimizer), "groups": groups, "state": state}
 
@@ -65,8 +66,8 @@ def load_optimizer_state(
     Raises:
         CheckpointError: it was saved by another optimizer, or for other parameters.
     """
-    parameters = dict(model.named_parameters())
-    names = {parameter: name for name, parameter in parameters.items()}
+    owned = _owned(model, optimizer)
+    names = {parameter: name for name, (parameter, _) in owned.items()}
     own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     _demand_same(own, optimizer, said)
     for group, saved in zip(optimizer.param_groups, said["groups"], strict=True):
@@ -76,10 +77,28 @@ def load_optimizer_state(
         }
         _take_settings(group, settings)
         for name in set(saved["params"]) & said["state"].keys():
-            optimizer.state[parameters[name]] = {
-                key: _decode(value, _reader(tensors, parameters[name], key, group))
+            parameter, states = owned[name]
+            states[parameter] = {
+                key: _decode(value, _reader(tensors, parameter, key, group, optimizer))
                 for key, value in said["state"][name].items()
             }
+
+
+def _owned(
+    model: nn.Module, optimizer: Any
+) -> dict[str, tuple[Tensor, MutableMapping[Tensor, Any]]]:
+    """Return what is optimized under each name, and where its state is kept.
+
+    torchao's CPUOffloadOptimizer optimizes twins on the CPU, each with an optimizer of its own.
+    """
+    twins = getattr(optimizer, "param_d2h_map", {})
+    rest = getattr(optimizer, "d_opt", optimizer)
+    return {
+        name: (twins[p], optimizer.optim_dict[p].state)
+        if p in twins
+        else (p, rest.state if rest else {})
+        for name, p in model.named_parameters()
+    }
 
 
 def _take_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
@@ -88,9 +107,10 @@ def _take_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
     group.update(saved)
     for key, now in fresh.items():
         was = saved.get("initial_lr", saved[key]) if key == "lr" else saved[key]
-        if isinstance(was, Tensor) or was == now:
+        if was == now:
             continue
-        log.warning("optimizer.%s was %s in the checkpoint and is %s now", key, was, now)
+        values = [v.item() if isinstance(v, Tensor) else v for v in (was, now)]
+        log.warning("optimizer.%s was %s in the checkpoint and is %s now", key, *values)
         group[key] = now
         if key == "lr" and "initial_lr" in saved:
             group.update(initial_lr=now, lr=saved["lr"] / was * now if was else now)
@@ -116,21 +136,29 @@ Reader = Callable[[str], Tensor]
 
 
 def _reader(
-    tensors: Mapping[str, Tensor], parameter: Tensor, key: str, group: Mapping[str, Any]
+    tensors: Mapping[str, Tensor],
+    parameter: Tensor,
+    key: str,
+    group: Mapping[str, Any],
+    optimizer: Any = None,
 ) -> Reader:
     """Return what reads a saved tensor to where the optimizer wants it, sharded as its parameter.
 
     The copy lets go of the checkpoint's file. Step counters live on the CPU unless the
-    implementation needs them on the device.
+    implementation needs them on the device; bitsandbytes' paged states in memory that it makes.
     """
     on_device = key != "step" or group.get("capturable") or group.get("fused")
     device = parameter.device if on_device else torch.device("cpu")
 
     def read(path: str) -> Tensor:
-        if not isinstance(parameter, DTensor) or shape_of(tensors, path) != parameter.shape:
-            return tensors[path].to(device, copy=True)
-        rows = read_rows(tensors, path, own_rows(parameter))
-        return sharded_as(parameter, rows.to(device, copy=True))
+        if isinstance(parameter, DTensor) and shape_of(tensors, path) == parameter.shape:
+            rows = read_rows(tensors, path, own_rows(parameter))
+            return sharded_as(parameter, rows.to(device, copy=True))
+        tensor = tensors[path]
+        if getattr(optimizer, "is_paged", False) and key in ("state1", "state2"):
+            paged: Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)
+            return paged.copy_(tensor)
+        return tensor.to(device, copy=True)
 
     return read
 

@@ -42,7 +42,7 @@ log = logging.getLogger("mytune")
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"(epoch|step)_\d+")
-_LEFTOVER = re.compile(r"((?:epoch|step)_\d+)\.(tmp|old|del)-[0-9a-f]{32}")
+_LEFTOVER = re.compile(r"((?:epoch|step)_\d+|quantized)\.(tmp|old|del)-[0-9a-f]{32}")
 
 
 class Draft:
@@ -68,9 +68,11 @@ class Draft:
             file.discard()
             raise
 
-    def add_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def add_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Write a safetensors file, one tensor at a time."""
-        self.records[name] = write_safetensors(self.target(name), tensors)
+        self.records[name] = write_safetensors(self.target(name), tensors, metadata)
 
 
 @contextmanager
