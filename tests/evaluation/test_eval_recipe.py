@@ -168,7 +168,9 @@ def test_the_tutorial_config_can_be_copied_and_edited(tmp_path, monkeypatch):
     edited = text.replace("tasks: [truthfulqa_mc2]", 'tasks: ["truthfulqa_mc1", "truthfulqa_mc2"]')
     Path("custom_eval_config.yaml").write_text(edited)
     command = ["run", "eleuther_eval", "--config", "./custom_eval_config.yaml", "device=cpu"]
-    assert main(command) == 2  # /tmp/Meta-Llama-3-8B-Instruct is not here, and nothing else is wrong
+    assert (
+        main(command) == 2
+    )  # /tmp/Meta-Llama-3-8B-Instruct is not here, and nothing else is wrong
 
 
 @pytest.mark.parametrize(
