@@ -186,6 +186,7 @@ WRONG = {
     "data_parallel_shard_dim=3": "data_parallel_replicate_dim x data_parallel_shard_dim is 1 x 3",
     "data_parallel_replicate_dim=5": "is 5 x 1, and there are 2 processes",
     "device=cuda:1": "device is cuda:1 for 2 processes",
+    "optimizer._component_=torchao.optim.AdamW8bit": "does not step weights that 2 ranks share",
 }
 
 
