@@ -82,6 +82,6 @@ def _in_memory(
         if len(batch) == 1:
             raise
     log.warning("a batch of %d does not fit into memory: its halves are tried", len(batch))
-    torch.get_device_module().empty_cache()
+    torch.cuda.empty_cache()  # does nothing elsewhere
     half = len(batch) // 2
     return {**_in_memory(batch[:half], work), **_in_memory(batch[half:], work)}
