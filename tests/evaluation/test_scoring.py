@@ -10,7 +10,9 @@ import torch
 from mytune.errors import ConfigError
 from mytune.evaluation import Request, check_batch_size, score
 from mytune.evaluation.batches import cut, run_batches
+from mytune.evaluation.continuing import SharedDecoding
 from mytune.evaluation.trees import plant, stack
+from mytune.generation import generate
 from tests.hf import twins
 
 CPU = torch.device("cpu")
@@ -117,3 +119,13 @@ def test_what_does_not_fit_into_memory_is_halved(caplog):
 def test_an_impossible_batch_size_is_refused(batch_size):
     with pytest.raises(ConfigError, match="1 or more, or auto"):
         check_batch_size(batch_size)
+
+
+def test_prompts_that_begin_alike_are_continued_as_if_read_alone():
+    model, _ = twins(initializer_range=0.2)
+    prompts = [[*s, 7] for s in sequences(2)[:12]]
+    decoding = SharedDecoding(model, prompts, max_new_tokens=9, enable_kv_cache=True)
+    for _ in decoding:
+        pass
+    wanted = [list(generate(model, prompt, max_new_tokens=9)) for prompt in prompts]
+    assert [row.tokens for row in decoding.rows] == wanted
