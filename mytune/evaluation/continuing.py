@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mytune.evaluation.batches import cut, run_batches
 from mytune.evaluation.trees import TREE, plant, stack
@@ -107,7 +108,9 @@ def continue_prompts(
         texts = _continue(model, tokenizer, rows, generator, enable_kv_cache)
         return dict(zip(batch, texts, strict=True))
 
-    texts = run_batches(batches, work, "generation")
+    # Batches take unlike numbers of steps, and ranks with a part of the model each must step alike.
+    whole = not any(isinstance(p, DTensor) for p in model.parameters())
+    texts = run_batches(batches, work, "generation", shared=whole)
     return [texts[i] for i in range(len(prompts))]
 
 
