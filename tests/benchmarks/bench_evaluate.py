@@ -147,7 +147,7 @@ def make_requests(data: Path, kind: str, questions: int) -> Iterator[list[Any]]:
     for row in rows:
         context = f"{examples}\n\nQ: {row['question']}\nA:"
         if kind == "generate_until":
-            yield [f"Q: {row['question']}\nA:", {"until": ["\n\n"], "max_gen_toks": 64}]
+            yield [context, {"until": ["\n\n"], "max_gen_toks": 64}]
         else:
             yield from ([context, f" {choice}"] for choice in row["mc2_targets"]["choices"])
 
