@@ -179,7 +179,7 @@ class Config:
     enable_activation_checkpointing: bool = False
     # Which blocks do so: full (all), selective (see ac_option) or auto (as many as memory demands).
     ac_mode: str | None = None
-    # With ac_mode=selective: n for every n-th block, op for all blocks but their products.
+    # With ac_mode=selective: n for every n-th block, op for all but half of their products.
     ac_option: int | str | None = None
     # Keep in the CPU's memory what the backward pass needs.
     enable_activation_offloading: bool = False
