@@ -9,6 +9,8 @@ import re
 import pytest
 
 from mytune.cli.main import main
+from tests.recipes.conftest import LORA as LORA_MODEL
+from tests.recipes.conftest import curve
 
 LORA = ["run", "lora_finetune_single_device", "--config"]
 TINY = [*LORA, "tiny/lora_single_device"]
@@ -143,3 +145,22 @@ def test_what_is_wrong_is_said_as_always(command, code, message, capsys):
     command = command if "--dry-run" in command else [*command, "--dry-run"]
     assert main(command) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_auto_recomputes_what_the_memory_given_demands_and_changes_nothing(
+    adapters, config, run, tmp_path, capsys
+):
+    config |= {"batch_size": 16, "gradient_accumulation_steps": 1, "max_steps_per_epoch": 2}
+    config |= {"model": LORA_MODEL} if adapters else {}
+    needed = []
+    for recompute in (False, True):
+        run(config, "dry_run=True", f"enable_activation_checkpointing={recompute}")
+        needed.append(number(capsys.readouterr().out, "needed") / 1024)  # MiB
+    assert needed[0] > needed[1]
+    plain = run(config, f"output_dir={tmp_path}/plain")
+    for memory, blocks in ((needed[0] + 0.1, 0), (needed[0] - 2e-5, 1), (needed[1] - 0.1, 2)):
+        where = f"output_dir={tmp_path}/{blocks}"
+        auto = run(config, where, "ac_mode=auto", f"device_memory={memory}")
+        assert f"ac_mode=auto: {blocks} of 2 blocks are recomputed" in capsys.readouterr().err
+        assert curve(auto) == curve(plain)
