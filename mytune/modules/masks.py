@@ -91,4 +91,4 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 @cache
 def _compiled() -> Callable[..., Tensor]:
     """FlexAttention is a fused kernel only where it is compiled."""
-    return torch.compile(flex_attention, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(flex_attention, dynamic=False)
