@@ -58,7 +58,9 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     # torchrun keeps its store over restarts: without a name of its own, an attempt would read the
     # addresses of ranks that are gone.
-    own = dist.PrefixStore(f"attempt_{restarts()}", store)
+    own = dist.PrefixStore(  # type: ignore[attr-defined]
+        f"attempt_{restarts()}", store
+    )
     dist.init_process_group(
         _BACKENDS[device.type], store=own, rank=rank(), world_size=world_size(), timeout=timeout
     )
