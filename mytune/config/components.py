@@ -20,7 +20,8 @@ from mytune.errors import ConfigError, ResourceError, did_you_mean
 
 # Of mytune only what a config is made of: another function could be made to run or delete a file.
 _OUR_PACKAGES = tuple(
-    f"mytune.{name}." for name in ("models", "modules", "tokenizers", "datasets", "training")
+    f"mytune.{name}."
+    for name in ("models", "modules", "tokenizers", "datasets", "training", "quantization")
 )
 _OURS = (
     "models.*",
@@ -35,6 +36,7 @@ _OURS = (
     "training.*Logger",
     "training.*get_*_schedule_with_warmup",
     "training.*setup_torch_profiler",
+    "quantization.?*Quantizer",
 )
 _OTHERS = ["torch.optim", "torch.nn", "torchao", "bitsandbytes.optim"]
 _PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}

@@ -11,15 +11,19 @@ from mytune.generation.generate import (
 from mytune.generation.kv_cache import KVCache
 from mytune.generation.packing import pack_linears
 from mytune.generation.sampling import Sampling, check_sampling, sample
+from mytune.generation.text import Completion, TextStream, complete
 
 __all__ = [
+    "Completion",
     "Decoding",
     "KVCache",
     "Memory",
     "Row",
     "Sampling",
+    "TextStream",
     "check_prompt",
     "check_sampling",
+    "complete",
     "generate",
     "generate_batch",
     "pack_linears",

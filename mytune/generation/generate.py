@@ -118,6 +118,8 @@ class Decoding:
     ) -> None:
         for prompt in prompts:
             check_prompt(prompt, model.config)
+        if memory and len(prompts) * num_samples != 1:
+            raise ConfigError("a memory is of one row: give it one prompt, and num_samples=1")
         if memory and len(prompts[0]) >= memory.length:
             raise ConfigError(
                 f"the prompt has {len(prompts[0])} tokens, which leaves no room for another one in "

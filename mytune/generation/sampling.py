@@ -81,6 +81,8 @@ def sample(
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature
+    if top_p == 1:
+        top_p = None  # rounded sums reach 1 before the last token
     if top_k is None and top_p is None:
         return _draw(_at_least(logits.softmax(dim=-1), min_p), generator)
     vocab = logits.shape[-1]

@@ -12,6 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
+
+from mytune.modules.derived import Derived, normed, project, swiglu
+from mytune.modules.masks import Mask, attend_blocks
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Return a packed row's mask, bool [b, 1, s, s]: causal, and within a document [b, s] only."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same.tril()
-
-
 def _aligned_causal_mask(queries: int, keys: int, device: torch.device) -> Tensor | None:
     """Return the causal mask [s, t] of the last `queries` positions; one query sees all."""
     if queries == 1:
@@ -112,10 +110,12 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [b, h, s, e]
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        q = rotate(self._heads(self.q_proj(x)), rope)
-        k = rotate(self._heads(self.k_proj(x)), rope)
-        v = self._heads(self.v_proj(x))
+    def forward(self, x: Derived, rope: Rope, mask: Mask | None, cache: Cache | None) -> Tensor:
+        q = rotate(self._heads(project(self.q_proj, x)), rope)
+        k = rotate(self._heads(project(self.k_proj, x)), rope)
+        v = self._heads(project(self.v_proj, x))
+        if isinstance(mask, BlockMask):
+            return self.o_proj(attend_blocks(q, k, v, mask).transpose(1, 2).flatten(2))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
             if q.shape[2] == 1:
@@ -155,8 +155,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.embed_dim, config.intermediate_dim, bias=False)
         self.down_proj = nn.Linear(config.intermediate_dim, config.embed_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Derived) -> Tensor:
+        hidden = swiglu(project(self.gate_proj, x), project(self.up_proj, x))
+        return project(self.down_proj, hidden)
 
 
 class Block(nn.Module):
@@ -170,10 +171,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: Cache | None = None
+        self, x: Tensor, rope: Rope, mask: Mask | None = None, cache: Cache | None = None
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attn(normed(self.attn_norm, x), rope, mask, cache)
+        return x + self.mlp(normed(self.mlp_norm, x))
 
 
 class Decoder(nn.Module):
@@ -205,7 +206,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: Cache | None = None,
         output_hidden: bool = False,
     ) -> Tensor:
@@ -214,7 +215,8 @@ class Decoder(nn.Module):
         Args:
             tokens: ids [b, s].
             positions: [b, s]; 0, 1, 2, ... if not given.
-            mask: bool [b, 1, s, t], True where a query may look; causal if not given.
+            mask: bool [b, 1, s, t], True where a query may look, or what `packed_mask` makes;
+                causal if not given.
             cache: earlier keys and values; `positions` must then say where `tokens` stand.
             output_hidden: stop before the head, for losses that never hold all logits.
         """

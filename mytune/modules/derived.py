@@ -1,0 +1,115 @@
+"""Projections that keep no input for the backward pass where it is cheap to make it again.
+
+The input of a projection is a cheap step away from tensors that are kept anyway: a norm of the
+hidden state, SwiGLU's product of gate and up. Autograd keeps both ends of the step; what is here
+keeps the sources alone, and makes the input again for the gradient of the projection's weight. No
+product of matrices is done twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class Derived(NamedTuple):
+    """A tensor, and how to make it again: `make(*sources)`. Without sources it is kept itself."""
+
+    value: Tensor
+    make: Callable[..., Tensor] = lambda x: x
+    sources: tuple[Tensor, ...] = ()
+
+
+def derive(make: Callable[..., Tensor], *sources: Tensor) -> Derived:
+    """Return make(*sources); of the step itself, too, only the sources are kept.
+
+    `make` draws no random numbers.
+    """
+    if not torch.is_grad_enabled():
+        return Derived(make(*sources), make, sources)
+    # A function of autograd would do, but torch.compile looks into it and keeps the value after
+    # all; what is inside a checkpoint it recomputes.
+    value = checkpoint(make, *sources, use_reentrant=False, preserve_rng_state=False)
+    return Derived(value, make, sources)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Derived:
+    """Return silu(gate) * up."""
+    return derive(_gated, gate, up)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def normed(norm: nn.RMSNorm, x: Tensor) -> Derived:
+    """Return norm(x)."""
+    eps = norm.eps
+
+    def make(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    return derive(make, x, norm.weight)
+
+
+def dropped(x: Derived, rate: float) -> Derived:
+    """Return `x` after dropout; a mask is kept beside the sources of `x`."""
+    value, mask = torch.native_dropout(x.value, rate, True)
+
+    def make(mask: Tensor, *sources: Tensor) -> Tensor:
+        return torch.ops.aten.native_dropout_backward(x.make(*sources), mask, 1 / (1 - rate))
+
+    return Derived(value, make, (mask, *(x.sources or (x.value,))))
+
+
+class _Product(torch.autograd.Function):
+    """x W^T in x's dtype, keeping the sources of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, make: Callable[..., Tensor], *sources: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(weight, *(sources or (x,)))
+        ctx.make = make
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *sources = ctx.saved_tensors
+        needs_x, needs_weight, *others = ctx.needs_input_grad
+        grad_x = grad @ weight.to(grad.dtype) if needs_x else None
+        grad_weight = None
+        if needs_weight:
+            x = ctx.make(*sources).flatten(0, -2)
+            grad_weight = (grad.flatten(0, -2).T @ x).to(weight.dtype)
+        return grad_x, grad_weight, *(None for _ in others)  # x passes gradients to its sources
+
+
+def product(x: Derived, weight: Tensor) -> Tensor:
+    """Return x W^T in the dtype of x, which is not kept."""
+    if not torch.is_grad_enabled():
+        return F.linear(x.value, weight.to(x.value.dtype))
+    y: Tensor = _Product.apply(x.value, weight, x.make, *x.sources)  # type: ignore[no-untyped-call]
+    return y
+
+
+def project(linear: nn.Module, x: Derived) -> Tensor:
+    """Return linear(x); `x` is not kept if the linear is of a known kind, or frozen.
+
+    A class of linears whose forward takes a `Derived` says so: `takes_derived = True`.
+    """
+    y: Tensor
+    if not torch.is_grad_enabled():
+        y = linear(x.value)
+    elif getattr(type(linear), "takes_derived", False):
+        y = linear(x)
+    elif type(linear) is nn.Linear and linear.bias is None and linear.weight.requires_grad:
+        y = product(x, linear.weight)
+    else:
+        y = linear(x.value)
+    return y
