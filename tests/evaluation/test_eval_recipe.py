@@ -187,7 +187,6 @@ def test_the_tutorial_config_can_be_copied_and_edited(tmp_path, monkeypatch):
         (["batch_size=some"], 2, "batch_size is 'some'"),
         (["limit=0"], 2, "limit is 0.0; it must be above 0"),
         (["compare=/nowhere"], 2, "compare: /nowhere holds no results"),
-        (["quantizer={_component_: torch.nn.Identity}"], 2, "`tune run quantize`"),
         (["num_fewshot=-1"], 2, "num_fewshot is -1"),
         (["tasks=[truthfulqa_mc2]"], 5, "task truthfulqa_mc2: its data cannot be downloaded"),
         (["tasks=[writing]", "max_seq_length=20"], 2, "a task generates up to 24 tokens"),
