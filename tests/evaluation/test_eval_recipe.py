@@ -120,6 +120,15 @@ def test_a_4_bit_base_with_its_adapter_is_evaluated(tune, adapter):
     assert 0 < results["results"]["rolling"]["bits_per_byte,none"] < 20
 
 
+def test_loaded_weights_can_be_quantized(tune):
+    bits = "bits_per_byte,none"
+    exact, _, _ = tune("tasks=[rolling]")
+    quantizer = "quantizer=mytune.quantization.Int8WeightOnlyQuantizer"
+    rounded, _, _ = tune("tasks=[rolling]", quantizer)
+    before, after = (each["results"]["rolling"][bits] for each in (exact, rounded))
+    assert before != after == pytest.approx(before, rel=0.02)
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("form", ["hf", "meta"])
 def test_every_format_scores_alike(tune, data_dir, stories_pair, tasks_folder, form):
