@@ -84,7 +84,7 @@ class Config:
     batch_size: int | str = 8
     # For tasks that generate: keep keys and values of earlier tokens.
     enable_kv_cache: bool = True
-    # Must be null: quantize with `tune run quantize`, and evaluate the checkpoint it leaves.
+    # Quantize the loaded weights (the base too); null for a checkpoint that is quantized already.
     quantizer: Component | None = None
     # Of examples that are drawn and of generation that samples.
     seed: int = 1234
@@ -134,11 +134,6 @@ def check(cfg: Config) -> None:
     """Refuse what can be known to be wrong before anything is loaded."""
     check_lm_eval()
     check_batch_size(cfg.batch_size)
-    if cfg.quantizer is not None:
-        raise ConfigError(
-            "quantizer must be null: `tune run quantize` writes a quantized checkpoint; "
-            "name it in checkpointer.checkpoint_dir"
-        )
     for key in ("limit", "max_seq_length"):
         if (value := getattr(cfg, key)) is not None and not value > 0:
             raise ConfigError(f"{key} is {value}; it must be above 0, or null")
@@ -164,7 +159,14 @@ def measure(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Fill a model on the meta device with weights and return its results."""
-    model = load_for_inference(model, checkpointer, device, dtype, merge_adapter=False)
+    model = load_for_inference(
+        model,
+        checkpointer,
+        device,
+        dtype,
+        merge_adapter=False,
+        quantizer=instantiate(cfg.quantizer),
+    )
     pack_linears(model)
     started = time.perf_counter()
     results = evaluate(

@@ -11,6 +11,7 @@ from mytune.evaluation.tasks import Tasks
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
 from mytune.training.distributed import rank
+from mytune.training.sharding import reshard
 
 Results = dict[str, Any]
 
@@ -89,6 +90,7 @@ def evaluate_scores(
     """
     model.eval()
     results = evaluate(model, tokenizer, tasks, bootstrap_iters=0, **settings)
+    reshard(model)
     model.train()
     return {
         f"eval/{task}/{metric}": value

@@ -120,6 +120,15 @@ def test_a_4_bit_base_with_its_adapter_is_evaluated(tune, adapter):
     assert 0 < results["results"]["rolling"]["bits_per_byte,none"] < 20
 
 
+def test_loaded_weights_can_be_quantized(tune):
+    bits = "bits_per_byte,none"
+    exact, _, _ = tune("tasks=[rolling]")
+    quantizer = "quantizer=mytune.quantization.Int8WeightOnlyQuantizer"
+    rounded, _, _ = tune("tasks=[rolling]", quantizer)
+    before, after = (each["results"]["rolling"][bits] for each in (exact, rounded))
+    assert before != after == pytest.approx(before, rel=0.02)
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("form", ["hf", "meta"])
 def test_every_format_scores_alike(tune, data_dir, stories_pair, tasks_folder, form):
@@ -187,7 +196,6 @@ def test_the_tutorial_config_can_be_copied_and_edited(tmp_path, monkeypatch):
         (["batch_size=some"], 2, "batch_size is 'some'"),
         (["limit=0"], 2, "limit is 0.0; it must be above 0"),
         (["compare=/nowhere"], 2, "compare: /nowhere holds no results"),
-        (["quantizer={_component_: torch.nn.Identity}"], 2, "`tune run quantize`"),
         (["num_fewshot=-1"], 2, "num_fewshot is -1"),
         (["tasks=[truthfulqa_mc2]"], 5, "task truthfulqa_mc2: its data cannot be downloaded"),
         (["tasks=[writing]", "max_seq_length=20"], 2, "a task generates up to 24 tokens"),
