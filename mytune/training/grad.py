@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from mytune._sharded import local, sharded_as, whole
+from mytune._sharded import local, whole
 from mytune.errors import ConfigError, NumericalError
 
 _PIECE = 2**13  # numbers whose squares are summed in one go on a CPU
@@ -27,44 +27,41 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     """
     if max_norm is not None and not max_norm > 0:
         raise ConfigError(f"clip_grad_norm is {max_norm}; it must be above 0, or null for none")
-    meshes = _by_mesh(p for p in parameters if p.grad is not None)
-    norm = total_norm([grad_norm(group) for group in meshes])
+    meshes = by_mesh(p for p in parameters if p.grad is not None)
+    norm = total_norm([(group[0], piece_norms(group)) for group in meshes])
     if max_norm is not None and math.isfinite(max_norm):
         for group in meshes:
             clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 
-def grad_norm(parameters: list[Tensor]) -> Tensor:
-    """Return the norm of gradients that are all whole, or all sharded alike: float32 [1].
-
-    Of sharded ones the norm of each rank's part, [ranks], sharded as they are.
-    """
+def piece_norms(parameters: list[Tensor]) -> Tensor:
+    """Return the float32 norms of the pieces of this rank's gradients: [pieces]."""
     grads = [p.grad for p in parameters if p.grad is not None]
     pieces = [piece for grad in grads for piece in _pieces(local(grad))]
-    norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))[None]
-    first = grads[0]
-    if not isinstance(first, DTensor):
-        return norm
-    return DTensor.from_local(norm, first.device_mesh, first.placements, run_check=False)
+    return torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32))
 
 
 def _pieces(grad: Tensor) -> Sequence[Tensor]:
     return grad.flatten().split(_PIECE) if grad.device.type == "cpu" else (grad,)
 
 
-def total_norm(norms: Sequence[Tensor]) -> Tensor:
-    """Return the norm of everything whose `grad_norm`s these are, on every rank; 0 of nothing."""
-    parts = [torch.zeros(1)] if not norms else []
-    for group in _by_mesh(norms):
-        part = torch.linalg.vector_norm(torch.cat([local(norm) for norm in group]))[None]
-        parts.append(whole(sharded_as(group[0], part)))
-    total: Tensor = torch.linalg.vector_norm(torch.cat(parts))
+def total_norm(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the norm, on every rank, of all gradients; 0 of nothing.
+
+    `parts` are a parameter and the `piece_norms` of all that are sharded as it is.
+    """
+    norms = [torch.zeros(1)] if not parts else []
+    for like, pieces in parts:
+        norm = torch.linalg.vector_norm(pieces)[None]
+        if isinstance(like, DTensor):  # [ranks], sharded as the gradients are
+            norm = DTensor.from_local(norm, like.device_mesh, like.placements, run_check=False)
+        norms.append(whole(norm))
+    total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
     return total
 
 
-def _by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Group tensors by what they are sharded over: torch cannot mix these in one operation."""
     meshes: dict[object, list[Tensor]] = {}
     for tensor in tensors:

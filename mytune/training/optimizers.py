@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from mytune.config import instantiate
 from mytune.errors import ConfigError, TuneError
 from mytune.training.distributed import world_size
-from mytune.training.grad import grad_norm, total_norm
+from mytune.training.grad import by_mesh, piece_norms, total_norm
 
 
 def check_optimizer(component: Mapping[str, Any], device: torch.device) -> None:
@@ -127,7 +127,7 @@ class StepInBackward:
                 parameter.register_post_accumulate_grad_hook(partial(self._step, group))
 
     def _step(self, group: dict[str, Any], parameter: Tensor) -> None:
-        self._norms[parameter] = grad_norm([parameter])
+        self._norms[parameter] = piece_norms([parameter])
         groups, parameters = self._optimizer.param_groups, group["params"]
         self._optimizer.param_groups = [group]
         group["params"] = [parameter]
@@ -140,6 +140,7 @@ class StepInBackward:
 
     def grad_norm(self) -> Tensor:
         """Return the norm of all gradients since the last call, as `clip_grad_norm` would have."""
-        norms = [self._norms[p] for p in self._order if p in self._norms]
+        groups = by_mesh(p for p in self._order if p in self._norms)
+        parts = [(group[0], torch.cat([self._norms[p] for p in group])) for group in groups]
         self._norms.clear()
-        return total_norm(norms)
+        return total_norm(parts)

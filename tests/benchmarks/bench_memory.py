@@ -2,7 +2,8 @@
 not compiled, on tensors without content; counts are those of a real run. LoRA has rank 8 in all
 linears of the blocks. `kept` is what a forward pass leaves for its backward pass on the device, a
 kB being 1,000 bytes. `optimizer` is its state, `peak` weights, state and the most that a step
-holds beside them; what kernels take for themselves is not counted.
+holds beside them; what kernels take for themselves is not counted. Operations of attention are not
+counted either.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def measure_lever(method: str, build: Callable[[], Decoder], lever: Lever) -> Ro
         "lever": lever.name,
         "kept, kB per token": counted.kept / TOKENS / 1e3,
         "on the CPU, kB per token": counted.away / TOKENS / 1e3,
-        "GFLOP per token": counted.flop / TOKENS / 1e9,
+        "GFLOP of products per token": counted.flop / TOKENS / 1e9,
         "optimizer, bytes per trained parameter": per_parameter,
         "peak, GiB": (counted.peak + per_parameter * counted.trained) / 2**30,
     }
