@@ -24,7 +24,7 @@ import torch
 from mytune.config import Component, Components, component, config_yaml, instantiate
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
 from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
-from mytune.evaluation import evaluate_scores, load_tasks
+from mytune.evaluation import evaluate_scores, load_tasks, refuse_generation
 from mytune.modules import (
     Decoder,
     adapter_config,
@@ -75,6 +75,7 @@ from mytune.training import (
     recomputed_blocks,
     refuse_other_run,
     refuse_replicated,
+    refuse_sharded,
     remove_other_run,
     reset_peak_memory,
     reshard,
@@ -178,7 +179,7 @@ class Config:
     enable_activation_checkpointing: bool = False
     # Which blocks do so: full (all), selective (see ac_option) or auto (as many as memory demands).
     ac_mode: str | None = None
-    # With ac_mode=selective: n for every n-th block, op for all blocks but their products.
+    # With ac_mode=selective: n for every n-th block, op for all but half of their products.
     ac_option: int | str | None = None
     # Keep in the CPU's memory what the backward pass needs.
     enable_activation_offloading: bool = False
@@ -272,6 +273,8 @@ def main(cfg: Config) -> None:
         profiler = stack.enter_context(instantiate(cfg.profiler))
 
         settings = settle(cfg, model, device, dtype, loader.dataset.pad_to or longest)
+        refuse_sharded(cfg.optimizer, settings.shard_ranks)
+        refuse_generation(tasks, settings.shard_ranks)
         load_model(cfg, model, checkpointer, resumed, device, settings, seed)
         optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         in_backward = StepInBackward(optimizer) if cfg.optimizer_in_bwd else None
@@ -344,6 +347,7 @@ def main(cfg: Config) -> None:
                 )
                 log.info("step %d: %s", step, " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
                 metrics |= scores
+                reshard(model)
             if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or scores:
                 logger.log_dict(metrics, step)
             progress.update(step, loss_value, speed)

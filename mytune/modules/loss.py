@@ -70,7 +70,7 @@ def _logits(hidden: Tensor, weight: Tensor | NF4Linear) -> Tensor:
     """Return the logits [n, v]; of a 4-bit head only slices are dequantized at a time."""
     if isinstance(weight, Tensor):
         return F.linear(hidden, weight)
-    logits = hidden.new_empty(len(hidden), weight.out_features, dtype=torch.float32)
+    logits = hidden.new_empty(len(hidden), weight.out_features)
     for outputs, part in weight.slices(hidden.dtype):
         logits[:, outputs] = F.linear(hidden, part)
     return logits

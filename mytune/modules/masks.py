@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,13 +78,12 @@ def packed_mask(document_ids: Tensor, head_dim: int, dropout: float = 0.0) -> Ma
     """
     if head_dim < _SMALLEST_HEAD or document_ids.shape[1] < _BLOCK or dropout:
         return document_mask(document_ids)
-    make: Callable[[Tensor], Mask] = _MASKS.get(document_ids.device.type, document_mask)
-    return make(document_ids)  # type: ignore[operator]
+    return _MASKS.get(document_ids.device.type, document_mask)(document_ids)
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Return attention's output [b, h, s, e] for q [b, h, s, e] and k, v [b, kv_heads, s, e]."""
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled()
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
     out: Tensor = attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return out
 
@@ -91,4 +91,4 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 @cache
 def _compiled() -> Callable[..., Tensor]:
     """FlexAttention is a fused kernel only where it is compiled."""
-    return torch.compile(flex_attention, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(flex_attention, dynamic=False)

@@ -54,6 +54,7 @@ _WHERE = {
     "check_optimizer": "optimizers",
     "check_step_in_backward": "optimizers",
     "refuse_replicated": "optimizers",
+    "refuse_sharded": "optimizers",
     "MemoryPlan": "plan",
     "StepSettings": "plan",
     "device_memory": "plan",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from mytune.models.llama3 import llama3_8b, lora_llama3_8b, qlora_llama3_8b
 from mytune.modules import Decoder, LinearCrossEntropyLoss
@@ -73,58 +73,89 @@ def measure(quick: bool) -> list[Row]:
     linear.dequantize()
     linears: list[Any] = [["q_proj", "k_proj", "v_proj", "o_proj"], True]
     cases = [("full", llama3_8b, lever) for lever in (NONE, *ACTIVATIONS, *OPTIMIZER)]
-    for method, build in (("LoRA", lora_llama3_8b), ("QLoRA", qlora_llama3_8b)):
-        cases += [(method, partial(build, *linears), lever) for lever in (NONE, *ACTIVATIONS)]
+    lora, qlora = (partial(build, *linears) for build in (lora_llama3_8b, qlora_llama3_8b))
+    cases += [("LoRA", lora, lever) for lever in (NONE, *ACTIVATIONS[:3])]
+    cases += [("QLoRA", qlora, ACTIVATIONS[2])]
     if quick:
         cases = [case for case in cases if case[2] in (NONE, ACTIVATIONS[2])]
-    rows = [measure_lever(*case) for case in cases]
+    rows = []
+    for case in cases:
+        rows.append(measure_lever(*case))
+        print(rows[-1], flush=True)
     return [row for row in rows if row]
 
 
 def measure_lever(method: str, build: Callable[[], Decoder], lever: Lever) -> Row | None:
-    """Count one lever."""
+    """Return what one lever does; None where its package is missing."""
     try:
         dtype = torch.bfloat16 if method == "full" else torch.float32
         per_parameter = state_bytes(lever.optimizer, dtype)
     except ImportError:
         return None
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = in_bfloat16(build)
-        blocks = recomputed_blocks(len(model.layers), False, lever.ac_mode, lever.ac_option)
-        checkpoint_activations(model, blocks, keep_products=lever.ac_option == "op")
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if lever.in_backward:
-            StepInBackward(torch.optim.SGD(trained))
-        kept, away, peak, flop = count_pass(model, lever.offload)
-        weights = sum(p.nbytes for p in model.parameters())
-    state = per_parameter * sum(p.numel() for p in trained)
+    counted = count(build, lever.ac_mode, lever.ac_option, lever.offload, lever.in_backward)
     return {
         "method": method,
         "lever": lever.name,
-        "kept, kB per token": kept / TOKENS / 1e3,
-        "on the CPU, kB per token": away / TOKENS / 1e3,
-        "GFLOP per token": flop / TOKENS / 1e9,
+        "kept, kB per token": counted.kept / TOKENS / 1e3,
+        "on the CPU, kB per token": counted.away / TOKENS / 1e3,
+        "GFLOP per token": counted.flop / TOKENS / 1e9,
         "optimizer, bytes per trained parameter": per_parameter,
-        "peak, GiB": (weights + state + peak) / 2**30,
+        "peak, GiB": (counted.peak + per_parameter * counted.trained) / 2**30,
     }
 
 
-def count_pass(model: Decoder, offload: bool) -> tuple[int, int, int, int]:
-    """Return bytes kept on the device and on the CPU, the peak, and the FLOP of a pass."""
-    tokens = torch.zeros(ROWS, LENGTH, dtype=torch.long)
-    places = torch.zeros(TOKENS, dtype=torch.long)  # every token is trained
-    batch = {"tokens": tokens, "labels": tokens, "target_index": places}
-    with FlopCounterMode(display=False) as flop:  # alone: it holds on to what it has seen
-        LinearCrossEntropyLoss()(model, batch).backward()
-    model.zero_grad()
-    live = LiveBytes()
-    with live:
-        with offload_activations(model, offload) as waiting:
-            loss = LinearCrossEntropyLoss()(model, batch)
-        away = waiting.nbytes if waiting else 0  # on the CPU a copy to the CPU is no copy
-        kept = live.now - away
-        loss.backward()
-    return kept, away, live.peak - away, flop.get_total_flops()
+class Counting(LiveBytes):
+    """Counts floating-point operations, too: FlopCounterMode keeps tensors alive."""
+
+    flop = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flop += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Bytes kept on the device and on the CPU, the peak with weights, FLOP, what trains."""
+
+    kept: int
+    away: int
+    peak: int
+    flop: int
+    trained: int
+
+
+@cache
+def count(
+    build: Callable[[], Decoder],
+    mode: str | None,
+    option: int | str | None,
+    offload: bool,
+    in_backward: bool,
+) -> Counted:
+    """Count a forward and a backward pass."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = in_bfloat16(build)
+        blocks = recomputed_blocks(len(model.layers), False, mode, option)
+        checkpoint_activations(model, blocks, keep_products=option == "op")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if in_backward:
+            StepInBackward(torch.optim.SGD(trained))
+        tokens = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+        places = torch.zeros(TOKENS, dtype=torch.long)  # every token is trained
+        batch = {"tokens": tokens, "labels": tokens, "target_index": places}
+        counting = Counting()
+        with counting:
+            with offload_activations(model, offload) as waiting:
+                loss = LinearCrossEntropyLoss()(model, batch)
+            away = waiting.nbytes if waiting else 0  # on the CPU a copy to the CPU is no copy
+            kept = counting.now - away
+            loss.backward()
+        weights = sum(p.nbytes for p in model.parameters())
+        size = sum(p.numel() for p in trained)
+    return Counted(kept, away, weights + counting.peak - away, counting.flop, size)
 
 
 def in_bfloat16(build: Callable[[], Decoder]) -> Decoder:

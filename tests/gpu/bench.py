@@ -20,6 +20,7 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `tune run` does
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "0")  # its kernels are wanted here
 
 import torch
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
+from mytune._sharded import fill
 from mytune.models import llama3
 from mytune.modules import (
     Decoder,
@@ -53,7 +54,8 @@ def build(builder: str, dtype: torch.dtype, prepare: Callable[[Decoder], object]
     for name, parameter in adapter_state(model).items():
         if "lora_B" in name:
             drawn = torch.randn(parameter.shape, generator=generator) * 0.02
-            parameter.data.copy_(drawn)
+            with torch.no_grad():
+                fill(parameter, drawn)
     return model.train()
 
 
@@ -64,7 +66,7 @@ def nothing(model: Decoder) -> None:
 def rows(count: int = 2) -> Batch:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, SIZES.vocab_size, (count, LENGTH + 1), generator=generator)
-    return {"tokens": tokens[:, :-1].to(DEVICE), "labels": tokens[:, 1:].to(DEVICE)}
+    return {"tokens": tokens[:, :-1].to(DEVICE), "labels": tokens[:, 1:].clone().to(DEVICE)}
 
 
 def packed(lengths: list[int]) -> Batch:
@@ -86,7 +88,7 @@ def learn(model: nn.Module, batch: Batch, loss: Any = None) -> tuple[float, dict
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for parameter in model.parameters():
         parameter.grad = None
-    return float(total), gradients
+    return float(total.detach()), gradients
 
 
 def assert_near(found: Any, expected: Any, loss: float, gradient: float) -> None:
@@ -107,8 +109,11 @@ def test_bfloat16_has_the_loss_of_float32() -> None:
     assert_near(learn(build("lora_llama3", BF16, nothing), rows()), plain, *NEAR[BF16])
 
 
-@DTYPES
-@pytest.mark.parametrize("builder", ["lora_llama3", "qlora_llama3"])
+@pytest.mark.parametrize(
+    ("builder", "dtype"),
+    [("lora_llama3", FP32), ("lora_llama3", BF16), ("qlora_llama3", BF16)],
+    ids=str,
+)
 def test_compiled_blocks_compute_the_same(builder: str, dtype: torch.dtype) -> None:
     plain = learn(build(builder, dtype, nothing), rows())
     assert_near(learn(build(builder, dtype, compile_blocks), rows()), plain, *NEAR[dtype])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from mytune.models.llama3 import llama3
 from mytune.modules import document_mask, masks, packed_mask
 from mytune.modules.masks import block_mask
+from mytune.training import compile_blocks
 
 
 def packed(*rows: list[int], pad_to: int) -> Tensor:
@@ -71,17 +73,25 @@ def test_attention_is_that_of_the_bool_mask(batch: str) -> None:
 
 
 @torch.no_grad()
-def test_a_model_computes_the_same_with_either_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel that is compiled skips blocks, which the one that is not does not."""
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_model_computes_the_same_with_either_mask(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel skips blocks; a batch of other documents is served by the same compilation."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
     model = llama3(100, 2, 4, 2, 128, max_seq_len=512).eval()
-    documents = BATCHES["documents end anywhere"]
-    tokens = torch.randint(0, 100, documents.shape)
-    expected = model(tokens, mask=packed_mask(documents, 32))
+    batches = [BATCHES["documents end anywhere"], BATCHES["padding"]]
+    tokens = torch.randint(0, 100, batches[0].shape)
+    expected = [model(tokens, mask=packed_mask(documents, 32)) for documents in batches]
+    compile_blocks(model, compiled)
     monkeypatch.setitem(masks._MASKS, "cpu", block_mask)
-    mask = packed_mask(documents, 32)
-    assert isinstance(mask, BlockMask)
-    torch.testing.assert_close(model(tokens, mask=mask), expected, rtol=0, atol=2e-6)
+    counters.clear()
+    for documents, logits in zip(batches, expected, strict=True):
+        mask = packed_mask(documents, 32)
+        assert isinstance(mask, BlockMask)
+        torch.testing.assert_close(model(tokens, mask=mask), logits, rtol=0, atol=2e-6)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_flex_attention_cannot_do_gets_a_bool_mask(monkeypatch: pytest.MonkeyPatch) -> None:
