@@ -113,7 +113,10 @@ def main(cfg: Config) -> int:
     check_prompt(tokenize([*turns, Message("user", "Hello")], tokenizer), model.config)
 
     model = load_for_inference(model, checkpointer, device, dtype)
-    pack_linears(model)
+    if cfg.compile:  # which lays weights out by itself, and cannot look into packed ones
+        log.info("compiling the step for one token with the first ones; this takes a while")
+    else:
+        pack_linears(model)
     memory = Memory(model, length, compile=cfg.compile)
     settings = {"max_new_tokens": cfg.max_new_tokens, "generator": generator, **sampling}
     log.info("Type a message, or /help.")
@@ -214,13 +217,22 @@ def answer(turns: list[Message], speaker: Speaker) -> None:
         for (token,) in decoding:
             if token is not None:
                 text += show(stream.put(token))
-        note = "" if decoding.rows[0].ended == "stop" else "(cut: there is no room for more tokens)"
+        note = cut(decoding, speaker)
     except KeyboardInterrupt:
         note = "(stopped)"
     text += show(stream.flush() + "\n")
     if note:
         say(note)
     turns.append(Message("assistant", text))
+
+
+def cut(decoding: Decoding, speaker: Speaker) -> str:
+    """Say what cut an answer off, if it did not end by itself."""
+    (row,) = decoding.rows
+    if row.ended == "stop":
+        return ""
+    full = len(row.tokens) < speaker.settings["max_new_tokens"]
+    return f"(cut: {'max_seq_len' if full else 'max_new_tokens'} is reached)"
 
 
 def show(text: str) -> str:

@@ -142,6 +142,8 @@ def check(cfg: Config) -> None:
     for key in ("limit", "max_seq_length"):
         if (value := getattr(cfg, key)) is not None and not value > 0:
             raise ConfigError(f"{key} is {value}; it must be above 0, or null")
+    if cfg.num_fewshot is not None and cfg.num_fewshot < 0:
+        raise ConfigError(f"num_fewshot is {cfg.num_fewshot}; it must be 0 or more, or null")
 
 
 def base_checkpointer(cfg: Config) -> Any:

@@ -24,7 +24,7 @@ import torch
 from mytune.config import Component, Components, component, config_yaml, instantiate
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
 from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
-from mytune.evaluation import evaluate_scores, load_tasks
+from mytune.evaluation import evaluate_scores, load_tasks, refuse_generation
 from mytune.modules import (
     Decoder,
     adapter_config,
@@ -54,6 +54,7 @@ from mytune.training import (
     describe_plan,
     device_memory,
     fewest_ranks,
+    fewest_recomputed_blocks,
     get_device,
     get_dtype,
     get_lr,
@@ -74,6 +75,7 @@ from mytune.training import (
     recomputed_blocks,
     refuse_other_run,
     refuse_replicated,
+    refuse_sharded,
     remove_other_run,
     reset_peak_memory,
     reshard,
@@ -81,6 +83,7 @@ from mytune.training import (
     seed_step,
     set_deterministic,
     set_seed,
+    settings_to_share,
     setup_logging,
     shard_model,
     smaller_settings,
@@ -176,7 +179,7 @@ class Config:
     enable_activation_checkpointing: bool = False
     # Which blocks do so: full (all), selective (see ac_option) or auto (as many as memory demands).
     ac_mode: str | None = None
-    # With ac_mode=selective: n for every n-th block, op for all blocks but their products.
+    # With ac_mode=selective: n for every n-th block, op for all but half of their products.
     ac_option: int | str | None = None
     # Keep in the CPU's memory what the backward pass needs.
     enable_activation_offloading: bool = False
@@ -226,13 +229,14 @@ def main(cfg: Config) -> None:
     """Run the whole fine-tuning: prepare, train, save, report."""
     setup_logging(cfg.log_level, rank())
     check_counts(cfg)
+    check_levers(cfg)
     if cfg.dry_run:
         return dry_run(cfg)
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
     set_deterministic(cfg.cudnn_deterministic_mode)
     use_fast_float32_matmul(device)
-    check_levers(cfg, device)
+    check_optimizer(cfg.optimizer, device)
     checkpointer = instantiate(cfg.checkpointer)
 
     with ExitStack() as stack:
@@ -268,7 +272,10 @@ def main(cfg: Config) -> None:
         stack.callback(logger.close)
         profiler = stack.enter_context(instantiate(cfg.profiler))
 
-        load_model(cfg, model, checkpointer, resumed, device, dtype, seed)
+        settings = settle(cfg, model, device, dtype, loader.dataset.pad_to or longest)
+        refuse_sharded(cfg.optimizer, settings.shard_ranks)
+        refuse_generation(tasks, settings.shard_ranks)
+        load_model(cfg, model, checkpointer, resumed, device, settings, seed)
         optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         in_backward = StepInBackward(optimizer) if cfg.optimizer_in_bwd else None
         if resumed:
@@ -340,6 +347,7 @@ def main(cfg: Config) -> None:
                 )
                 log.info("step %d: %s", step, " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
                 metrics |= scores
+                reshard(model)
             if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or scores:
                 logger.log_dict(metrics, step)
             progress.update(step, loss_value, speed)
@@ -405,41 +413,56 @@ def plan_run(
     """
     with torch.device("meta"):
         model = instantiate(cfg.model)
-    data = as_list(cfg.dataset)
+    seq_len = seq_len or cfg.tokenizer.get("max_seq_len") or min(2048, model.config.max_seq_len)
+    dtype = get_dtype(cfg.dtype, torch.device("cpu"))
+    settings = settle(cfg, model, device, dtype, seq_len)
+    memory = device_memory(device, cfg.device_memory)
+    return model, settings, plan_memory(model, instantiate(cfg.loss), settings, memory)
+
+
+def settle(
+    cfg: Config, model: Decoder, device: torch.device, dtype: torch.dtype, seq_len: int
+) -> StepSettings:
+    """Decide what depends on memory: how many ranks share the model, what is recomputed."""
+    rule = (cfg.enable_activation_checkpointing, cfg.ac_mode, cfg.ac_option)
     settings = StepSettings(
         optimizer=cfg.optimizer,
-        dtype=get_dtype(cfg.dtype, torch.device("cpu")),
+        dtype=dtype,
         device=device.type,
         batch_size=cfg.batch_size,
-        seq_len=seq_len or cfg.tokenizer.get("max_seq_len") or min(2048, model.config.max_seq_len),
-        packed=any(each.get("packed", False) for each in data),
+        seq_len=seq_len,
+        packed=any(each.get("packed", False) for each in as_list(cfg.dataset)),
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        recompute=range(model.config.num_layers if cfg.enable_activation_checkpointing else 0),
+        recompute=recomputed_blocks(model.config.num_layers, *rule),
+        keep_products=cfg.ac_option == "op",
         offload=cfg.enable_activation_offloading,
         compile=cfg.compile,
+        optimizer_in_bwd=cfg.optimizer_in_bwd,
         reshard=cfg.fsdp_reshard_after_forward,
         cpu_offload=cfg.fsdp_cpu_offload,
         sync_every_micro_batch=cfg.fsdp_sync_every_micro_batch,
     )
     memory, loss_fn = device_memory(device, cfg.device_memory), instantiate(cfg.loss)
-    plan = plan_memory(model, loss_fn, settings, memory)
-    _, ranks = parallel_dims(
-        cfg.data_parallel_shard_dim,
-        cfg.data_parallel_replicate_dim,
-        fits=bool(adapter_state(model)) and bool(plan.fits),
-    )
-    if ranks > 1:
-        settings = replace(settings, shard_ranks=ranks)
-        plan = plan_memory(model, loss_fn, settings, memory)
-    return model, settings, plan
+    dims = (cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim)
+    fits = bool(adapter_state(model))
+    if fits and world_size() > 1 and dims == (None, None):
+        fits = bool(plan_memory(model, loss_fn, settings, memory).fits)
+    settings = replace(settings, shard_ranks=parallel_dims(*dims, fits=fits)[1])
+    if cfg.ac_mode == "auto" and memory is not None:
+        blocks = fewest_recomputed_blocks(model, loss_fn, settings, memory)
+        log.info("ac_mode=auto: %d of %d blocks are recomputed", len(blocks), len(model.layers))
+        settings = replace(settings, recompute=blocks)
+    return settings
 
 
 def what_would_fit(cfg: Config, device: torch.device, seq_len: int | None) -> str:
     """Return what to type so that the run fits: settings that need less, else more devices."""
+    if cfg.ac_mode == "auto":  # has recomputed all, and found that it does not do
+        cfg = replace(cfg, ac_mode="full")
     for words, smaller in smaller_settings(cfg):
         if plan_run(smaller, device, seq_len)[2].fits:
             return f"it would with {words}"
-    words, smaller = next(smaller_settings(cfg), ("", cfg))  # what changes no result
+    words, smaller = settings_to_share(cfg)
     model, settings, plan = plan_run(smaller, device, seq_len)
     ranks = fewest_ranks(model, instantiate(cfg.loss), settings, plan.memory or 0)
     if ranks is None:
@@ -454,17 +477,18 @@ def check_counts(cfg: Config) -> None:
     counts = {key: getattr(cfg, key) for key in keys}
     if low := [f"{key} is {n}" for key, n in counts.items() if n is not None and n < 1]:
         raise ConfigError(f"{', '.join(low)}; it must be at least 1")
+    if cfg.device_memory is not None and not cfg.device_memory > 0:
+        raise ConfigError(f"device_memory is {cfg.device_memory}; it must be above 0 GiB, or null")
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
         raise ConfigError(f"clip_grad_norm is {cfg.clip_grad_norm}; it must be above 0, or null")
 
 
-def check_levers(cfg: Config, device: torch.device) -> None:
+def check_levers(cfg: Config) -> None:
     """Refuse what saves memory where it cannot work, before anything is loaded."""
     recomputed_blocks(1, cfg.enable_activation_checkpointing, cfg.ac_mode, cfg.ac_option)
     check_step_in_backward(
         cfg.optimizer, cfg.optimizer_in_bwd, cfg.gradient_accumulation_steps, cfg.clip_grad_norm
     )
-    check_optimizer(cfg.optimizer, device)
 
 
 def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any, resume: bool) -> None:
@@ -579,29 +603,23 @@ def load_model(
     checkpointer: Any,
     resumed: Published | None,
     device: torch.device,
-    dtype: torch.dtype,
+    settings: StepSettings,
     seed: int,
 ) -> None:
     """Prepare the model for training and fill it, tensor by tensor."""
-    rule = (cfg.enable_activation_checkpointing, cfg.ac_mode, cfg.ac_option)
-    blocks = recomputed_blocks(model.config.num_layers, *rule)
-    checkpoint_activations(model, blocks, keep_products=cfg.ac_option == "op")
+    checkpoint_activations(model, settings.recompute, settings.keep_products)
     compile_blocks(model, cfg.compile)
-    shard(cfg, model, device)
+    shard(cfg, model, device, settings.shard_ranks)
     refuse_replicated(model, cfg.optimizer_in_bwd)
     has_adapters = bool(adapter_state(model))
     weights = (checkpointer if has_adapters or not resumed else resumed).weights(model.config)
-    load_weights(model, weights, device, dtype)
+    load_weights(model, weights, device, settings.dtype)
     load_adapters(model, (resumed or checkpointer).adapter_weights(), device, seed)
 
 
-def shard(cfg: Config, model: Decoder, device: torch.device) -> None:
-    """Share the model out over the ranks, or let each hold it whole."""
-    replicate, ranks = parallel_dims(
-        cfg.data_parallel_shard_dim,
-        cfg.data_parallel_replicate_dim,
-        fits=bool(adapter_state(model)),
-    )
+def shard(cfg: Config, model: Decoder, device: torch.device, ranks: int) -> None:
+    """Share the model out over `ranks` each, or let every one hold it whole."""
+    replicate = world_size() // ranks
     if world_size() > 1:
         log.info("ranks: %d copies of the model, each shared by %d", replicate, ranks)
     shard_model(

@@ -130,7 +130,10 @@ def main(cfg: Config) -> int:
     model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
     bytes_read = bytes_per_token(model)
     streamed = cfg.prompt_file is None and cfg.num_samples == 1 and not cfg.logprobs
-    pack_linears(model, 1 if streamed else cfg.batch_size * cfg.num_samples)
+    if cfg.compile:  # which lays weights out by itself, and cannot look into packed ones
+        log.info("compiling the step for one token with the first ones; this takes a while")
+    else:
+        pack_linears(model, 1 if streamed else cfg.batch_size * cfg.num_samples)
 
     settings: dict[str, Any] = {
         "max_new_tokens": cfg.max_new_tokens,
@@ -195,7 +198,7 @@ def read_prompts(
 
     Raises:
         ConfigError: there is no such file.
-        DataError: rows that cannot be answered, all of them, each with its `file:row`.
+        DataError: rows that cannot be answered, up to 20 of them, each with its `file:row`.
     """
     if not Path(file).expanduser().is_file():
         raise ConfigError(f"prompt_file is {file!r}, and there is no such file")
@@ -210,7 +213,9 @@ def read_prompts(
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:
-        raise DataError(f"{len(problems)} rows of prompt_file cannot be answered", problems)
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        many = f"{len(problems)} rows of prompt_file cannot be answered"
+        raise DataError(many, problems[:20] + more)
     if not rows:
         raise DataError(f"prompt_file {file} has no rows")
     return rows, prompts

@@ -142,10 +142,12 @@ def refuse_other_run(target: Path, overwrite: bool, source_dir: Path) -> None:
 
 
 def build_model(cfg: Config) -> Decoder:
-    """Build the model without memory."""
+    """Build the model without memory, and without the adapters of a lora_ or qlora_ builder.
+
+    An adapter that is named in the checkpointer is merged.
+    """
     with torch.device("meta"):
-        model: Decoder = instantiate(cfg.model)
-    return model
+        return Decoder(instantiate(cfg.model).config)
 
 
 def text_windows(cfg: Config, model: Decoder) -> list[Tensor]:
@@ -182,12 +184,11 @@ def measure(cfg: Config, model: Decoder, windows: list[Tensor]) -> Figures:
 @torch.no_grad()
 def perplexity(model: Decoder, windows: list[Tensor]) -> float:
     """Return e to the mean loss of every token but the first."""
-    loss_fn, device = LinearCrossEntropyLoss(), model.embed_tokens.weight.device
-    loss = torch.zeros((), device=device, dtype=torch.float64)
+    loss_fn, loss = LinearCrossEntropyLoss(), 0.0
     for window in windows:
-        row = window[None].to(device)
-        loss += loss_fn(model, {"tokens": row[:, :-1], "labels": row[:, 1:]})
-    mean = loss.item() / sum(len(window) - 1 for window in windows)
+        row = window[None].to(model.embed_tokens.weight.device)
+        loss += loss_fn(model, {"tokens": row[:, :-1], "labels": row[:, 1:]}).item()
+    mean = loss / sum(len(window) - 1 for window in windows)
     if not math.isfinite(mean):
         raise NumericalError("the loss of the text is not finite: the weights are damaged")
     return math.exp(mean)
@@ -234,4 +235,4 @@ def report(
 
 def told(value: Any) -> str:
     """Return a count with its thousands, another number with four digits."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:#,.4g}"

@@ -53,7 +53,9 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
             with _environment(name), _pass_signals_on(folder):
                 run.run(args)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
-            failure = min((each.exitcode, rank) for rank, each in error.failures.items())
+            codes = [(each.exitcode, rank) for rank, each in error.failures.items()]
+            # torchrun ends the others with SIGTERM: that is not what was wrong.
+            failure = min(codes, key=lambda each: (each[0] == -signal.SIGTERM, each))
         except SignalException as error:
             return 128 + error.sigval
         first = first_failure(_last_attempt(folder))

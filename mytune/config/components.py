@@ -195,7 +195,8 @@ def instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
         pass  # a function without a signature
     try:
         return target(*args, **arguments)
-    except (TypeError, ValueError) as error:  # of another library: a value that it does not take
+    except (TypeError, ValueError, AssertionError) as error:
+        # Of another library: a value that it does not take.
         if name.startswith("mytune."):
             raise
         raise ConfigError(f"{name}: {error}") from error

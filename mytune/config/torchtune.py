@@ -33,18 +33,13 @@ class Retired(NamedTuple):
     why: str
 
 
-_WHOLE = "every rank holds the whole model; nothing is sharded or offloaded yet"
+_BLOCKS = "each block is one unit of sharding, and the embedding, norm and head are another"
 
 RETIRED = {
     "low_cpu_ram": Retired(None, "weights are always memory-mapped"),
-    "custom_sharded_layers": Retired(None, _WHOLE),
-    "memory_efficient_fsdp_wrap": Retired(None, _WHOLE),
+    "custom_sharded_layers": Retired(None, _BLOCKS),
+    "memory_efficient_fsdp_wrap": Retired(None, _BLOCKS),
     "fsdp": Retired(None, "torchtune 0.6 ignores it too"),
-    "fsdp_cpu_offload": Retired(None, _WHOLE),
-    "fsdp_reshard_after_forward": Retired(None, _WHOLE),
-    "enable_async_checkpointing": Retired(
-        None, "it changes when a file is written, never what is in it"
-    ),
     "collate_fn": Retired(
         (None, "mytune.datasets.padded_collate_sft"), "batches are made in one way"
     ),
@@ -52,8 +47,6 @@ RETIRED = {
     "tensor_parallel_plan": Retired(None, "there is no tensor parallelism"),
     "context_parallel_dim": Retired((1, None), "there is no context parallelism"),
     "context_parallel_rotate_method": Retired(None, "there is no context parallelism"),
-    "data_parallel_shard_dim": Retired((-1, None), _WHOLE),
-    "data_parallel_replicate_dim": Retired((1, None), _WHOLE),
     "enable_fp8_training": Retired((False, None), "there is no fp8 training"),
     "fp8_recipe_name": Retired(None, "there is no fp8 training"),
     "resize_token_embeddings": Retired((False, None), "the vocabulary keeps its size"),

@@ -15,6 +15,7 @@ _WHERE = {
     "score": "scoring",
     "check_lm_eval": "tasks",
     "load_tasks": "tasks",
+    "refuse_generation": "tasks",
 }
 __all__ = list(_WHERE)
 __getattr__ = lazy_names(__name__, _WHERE)

@@ -62,7 +62,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.batch_size, self._enable_kv_cache, self._seed = batch_size, enable_kv_cache, seed
         positions = model.config.max_seq_len
         self.max_length = min(max_seq_length or positions, positions)
-        self._device = model.embed_tokens.weight.device
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})")
         self._bos = tokenizer.decode([tokenizer.bos_id], skip_special_tokens=False)

@@ -51,17 +51,19 @@ def run_batches(
     batches: Sequence[list[Item]],
     work: Callable[[list[Item]], Mapping[int, Result]],
     description: str,
+    shared: bool = True,
 ) -> dict[int, Result]:
     """Return what `work` finds in all batches, by the keys it gives, on every rank.
 
     Ranks take turns, so that each gets long and short ones. All do the same number of batches, as
     sharded models demand: who has one less repeats the first. The batches are those of one process,
-    and so are the results, to the bit.
+    and so are the results, to the bit. If not `shared`, every rank does all of them.
     """
     if not batches:
         return {}
-    mine = batches[rank() :: world_size()]
-    turns = -(-len(batches) // world_size())
+    workers = world_size() if shared else 1
+    mine = batches[rank() % workers :: workers]
+    turns = -(-len(batches) // workers)
     results: dict[int, Result] = {}
     often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a file each is a line
     hidden = rank() > 0
@@ -82,6 +84,6 @@ def _in_memory(
         if len(batch) == 1:
             raise
     log.warning("a batch of %d does not fit into memory: its halves are tried", len(batch))
-    torch.get_device_module().empty_cache()
+    torch.cuda.empty_cache()  # does nothing elsewhere
     half = len(batch) // 2
     return {**_in_memory(batch[:half], work), **_in_memory(batch[half:], work)}

@@ -4,15 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mytune.evaluation.batches import cut, run_batches
-from mytune.generation import Decoding, Sampling
+from mytune.evaluation.trees import TREE, plant, stack
+from mytune.generation import Decoding, KVCache, Sampling
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
 
 _MORE = 4  # times as many tokens as when scoring: a step reads all weights, however few rows it has
+
+
+class SharedDecoding(Decoding):
+    """A `Decoding` that reads what its prompts begin with once, see `mytune.evaluation.trees`."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: Sequence[Sequence[int]],
+        *,
+        enable_kv_cache: bool,
+        **rest: Any,
+    ) -> None:
+        super().__init__(model, prompts, enable_kv_cache=enable_kv_cache, **rest)
+        unread = [prompt[:-1] for prompt in prompts]  # the last token's logits are still to come
+        if enable_kv_cache and any(unread):
+            cache = self._reader.cache  # type: ignore[attr-defined]
+            _read_as_trees(model, unread, cache)
+            self._tokens = self._tokens[:, -1:]
+
+
+@torch.inference_mode()
+def _read_as_trees(model: Decoder, rows: Sequence[Sequence[int]], cache: KVCache) -> None:
+    """Read rows, and leave keys and values in the cache as if they had been read left-padded."""
+    trees, longest = plant(rows, TREE), max(map(len, rows))
+
+    class Spread:
+        """Copies what a tree's tokens leave to all the rows that they belong to."""
+
+        def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            for new, kept in ((k, cache.keys[layer]), (v, cache.values[layer])):
+                for of_tree, tree in zip(new, trees, strict=True):
+                    for row, path in tree.paths.items():
+                        kept[row, :, longest - len(path) : longest] = of_tree[:, path]
+            return k, v
+
+    device = model.embed_tokens.weight.device
+    tokens, positions, mask = (None if x is None else x.to(device) for x in stack(trees))
+    model(tokens, positions, mask, Spread(), output_hidden=True)
+    cache.filled = longest
 
 
 @dataclass(frozen=True)
@@ -64,7 +108,9 @@ def continue_prompts(
         texts = _continue(model, tokenizer, rows, generator, enable_kv_cache)
         return dict(zip(batch, texts, strict=True))
 
-    texts = run_batches(batches, work, "generation")
+    # Batches take unlike numbers of steps, and ranks with a part of the model each must step alike.
+    whole = not any(isinstance(p, DTensor) for p in model.parameters())
+    texts = run_batches(batches, work, "generation", shared=whole)
     return [texts[i] for i in range(len(prompts))]
 
 
@@ -75,7 +121,7 @@ def _continue(
     generator: torch.Generator,
     enable_kv_cache: bool,
 ) -> list[str]:
-    decoding = Decoding(
+    decoding = SharedDecoding(
         model,
         [prompt.ids for prompt in prompts],
         max_new_tokens=[prompt.max_new_tokens for prompt in prompts],

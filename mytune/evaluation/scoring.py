@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mytune.evaluation.batches import cut, run_batches
-from mytune.evaluation.trees import Tree, plant, stack
+from mytune.evaluation.trees import TREE, Tree, plant, stack
 from mytune.modules.decoder import Decoder
 
-_TREE = 2048  # tokens of a tree: a larger one shares more, but its tokens attend to more
 _LOGITS = 2**25  # logits at a time: 128 MiB
 
 
@@ -40,7 +39,7 @@ def score(
         requests: contexts of at least one token; continuations may be empty.
         batch_size: trees (see `mytune.evaluation.trees`) at once, or "auto".
     """
-    trees = plant([request.read for request in requests], _TREE)
+    trees = plant([request.read for request in requests], TREE)
     batches = cut(trees, len, batch_size, model.embed_tokens.weight.device)
 
     def work(batch: list[Tree]) -> dict[int, tuple[float, bool]]:

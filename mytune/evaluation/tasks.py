@@ -61,6 +61,20 @@ def load_tasks(
     return loaded
 
 
+def refuse_generation(tasks: Tasks | None, ranks: int) -> None:
+    """Refuse tasks that generate text while `ranks` share the weights and each has its own texts.
+
+    Raises:
+        ConfigError: naming these tasks.
+    """
+    named = tasks["tasks"].items() if tasks and ranks > 1 else ()
+    if found := [name for name, task in named if task.OUTPUT_TYPE == "generate_until"]:
+        raise ConfigError(
+            f"eval_tasks: {', '.join(found)} generates text, which ranks that share a model cannot "
+            "do while training; evaluate a checkpoint with eleuther_eval instead"
+        )
+
+
 def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
     """Return the index of all tasks, or of the user's alone if that suffices: it takes no time."""
     from lm_eval.tasks import TaskManager

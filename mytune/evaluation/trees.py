@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+TREE = 2048  # tokens of a tree: a larger one shares more, but its tokens attend to more
+
 
 class Branch(NamedTuple):
     """Tokens [start, end) of a tree that hang on token `parent`, or on nothing (-1)."""

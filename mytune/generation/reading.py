@@ -77,7 +77,7 @@ class StaticReader(CachedReader):
         if compile:
             # Products of one row with a matrix are tuned as the reading of memory that they are.
             options: dict[str, Any] = {"coordinate_descent_tuning": True}
-            self._step = torch.compile(_static_step, fullgraph=True, options=options)
+            self._step = torch.compile(_static_step, options=options)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None

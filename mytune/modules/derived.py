@@ -25,17 +25,55 @@ class Derived(NamedTuple):
     sources: tuple[Tensor, ...] = ()
 
 
+class _Once:
+    """A `make` whose value, once made, stays: projections that share an input make it once."""
+
+    def __init__(self, make: Callable[..., Tensor]) -> None:
+        self.make = make
+        self.value: Tensor | None = None
+
+    def __call__(self, *sources: Tensor) -> Tensor:
+        if self.value is None:
+            self.value = self.make(*sources)
+        return self.value
+
+
+class _Step(torch.autograd.Function):
+    """make(*sources), keeping the sources alone."""
+
+    @staticmethod
+    def forward(ctx: Any, once: _Once, *sources: Tensor) -> Tensor:
+        ctx.save_for_backward(*sources)
+        ctx.once = once
+        return once.make(*sources)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.once.value = None  # every projection of it is done
+        needs = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            sources = [
+                source.detach().requires_grad_(need)
+                for source, need in zip(ctx.saved_tensors, needs, strict=True)
+            ]
+            value = ctx.once.make(*sources)
+        needed = [source for source in sources if source.requires_grad]
+        grads = iter(torch.autograd.grad(value, needed, grad))
+        return None, *(next(grads) if need else None for need in needs)
+
+
 def derive(make: Callable[..., Tensor], *sources: Tensor) -> Derived:
     """Return make(*sources); of the step itself, too, only the sources are kept.
 
     `make` draws no random numbers.
     """
     if not torch.is_grad_enabled():
-        return Derived(make(*sources), make, sources)
-    # A function of autograd would do, but torch.compile looks into it and keeps the value after
-    # all; what is inside a checkpoint it recomputes.
-    value = checkpoint(make, *sources, use_reentrant=False, preserve_rng_state=False)
-    return Derived(value, make, sources)
+        return Derived(make(*sources))
+    if torch.compiler.is_compiling():  # which sees through a Function and keeps what it likes
+        value = checkpoint(make, *sources, use_reentrant=False, preserve_rng_state=False)
+        return Derived(value, make, sources)
+    once = _Once(make)  # a Function is a fourth of the work of a checkpoint: small models feel it
+    return Derived(_Step.apply(once, *sources), once, sources)  # type: ignore[no-untyped-call]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Derived:
@@ -74,7 +112,7 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, make: Callable[..., Tensor], *sources: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(weight, *(sources or (x,)))
+        ctx.save_for_backward(weight, *sources)
         ctx.make = make
         return F.linear(x, weight.to(x.dtype))
 
@@ -91,8 +129,8 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Derived, weight: Tensor) -> Tensor:
-    """Return x W^T in the dtype of x, which is not kept."""
-    if not torch.is_grad_enabled():
+    """Return x W^T in the dtype of x, which is not kept if it has sources."""
+    if not (x.sources and torch.is_grad_enabled()):
         return F.linear(x.value, weight.to(x.value.dtype))
     y: Tensor = _Product.apply(x.value, weight, x.make, *x.sources)  # type: ignore[no-untyped-call]
     return y

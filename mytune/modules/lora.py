@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mytune._sharded import fill, whole
 from mytune.errors import CheckpointError, ConfigError, did_you_mean
@@ -79,7 +80,7 @@ class _LoRA(nn.Module):
         x = x if isinstance(x, Derived) else Derived(x)
         y = super().forward(x.value)
         low = product(self._dropout(x), self.lora_A.weight)
-        high = product(Derived(low), self.lora_B.weight)
+        high = F.linear(low, self.lora_B.weight.to(low.dtype))
         y = torch.add(y, high, alpha=self.lora.scaling)
         if self.lora_magnitude_vector is None:
             return y

@@ -78,8 +78,7 @@ def packed_mask(document_ids: Tensor, head_dim: int, dropout: float = 0.0) -> Ma
     """
     if head_dim < _SMALLEST_HEAD or document_ids.shape[1] < _BLOCK or dropout:
         return document_mask(document_ids)
-    make: Callable[[Tensor], Mask] = _MASKS.get(document_ids.device.type, document_mask)
-    return make(document_ids)  # type: ignore[operator]
+    return _MASKS.get(document_ids.device.type, document_mask)(document_ids)
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from mytune.quantization.tensors import CLASSES
 from mytune.quantization.torchao import torchao
 
 _BF16_ONLY = ("PrototypeInt4WeightOnlyConfig", "Int4WeightOnlyConfig")
-_ROWS, _ANY_WIDTH = 64, 1024  # of the linears that are tried; every group divides 1024
+_ANY_SHAPE = (64, 1024)  # every group divides it
 
 
 class Quantizer:
@@ -161,7 +160,7 @@ def _is_target(module: nn.Module, name: str) -> bool:
 def check_quantizer(
     quantizer: Any, model: nn.Module, device: torch.device, dtype: torch.dtype, save: bool = False
 ) -> None:
-    """Try a quantizer on small linears with the inputs of a model's, which may be on meta.
+    """Try a quantizer on linears shaped like those of a model, which may be on meta.
 
     Args:
         save: demand that the weights can be saved.
@@ -171,50 +170,60 @@ def check_quantizer(
         ResourceError: this device or this torchao cannot run it; those that run are listed.
     """
     config = torchao_config(quantizer, device)
-    name, widths = type(quantizer).__name__, _widths(model)
+    name, shapes = type(quantizer).__name__, _shapes(model)
+    told = ", ".join(f"{rows} x {width}" for rows, width in shapes)
     if dtype is not torch.bfloat16 and type(config).__name__ in _BF16_ONLY:
         raise ConfigError(
             f"{name} is for dtype=bf16, not {str(dtype).removeprefix('torch.')}: its kernels have "
             "no other (on a CPU they would be 66 times slower than no quantization)"
         )
     try:
-        try_config(config, _ANY_WIDTH, device, dtype)
+        try_config(config, _ANY_SHAPE, device, dtype)
     except Exception as error:
         raise ResourceError(
             f"{name} cannot run with torchao {_version()} on {device}: {_one_line(error)}",
             [f"these can: {', '.join(runnable(device, dtype)) or 'none'}"],
         ) from error
     try:
-        kinds = {try_config(config, width, device, dtype) for width in widths}
+        kinds = {try_config(config, shape, device, dtype) for shape in shapes}
     except Exception as error:
-        raise ConfigError(f"{name} does not fit the model: {_one_line(error)}") from error
+        raise ConfigError(
+            f"{name} does not fit the model, whose linears are {told}: {_one_line(error)}"
+        ) from error
     if kinds == {nn.Parameter}:
         raise ConfigError(
-            f"{name} would quantize nothing: its group divides none of the inputs of the model's "
-            f"linears, {', '.join(map(str, widths))}; choose a smaller groupsize"
+            f"{name} would quantize nothing: its group divides no row of the model's linears, "
+            f"which are {told}; choose a smaller groupsize"
         )
     odd = {kind.__name__ for kind in kinds} - {*CLASSES, "Parameter"}
     if save and odd:
         raise ConfigError(f"{name} makes {', '.join(odd)}, which torchao cannot save safely")
 
 
-def _widths(model: nn.Module) -> list[int]:
+def _shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """Return the outputs and inputs of a model's linears, each but once."""
     linears = [m for name, m in model.named_modules() if _is_target(m, name)]
-    widths = {m.in_features for m in linears if isinstance(m, nn.Linear)}
-    if not widths:
+    shapes = {(m.out_features, m.in_features) for m in linears if isinstance(m, nn.Linear)}
+    if not shapes:
         raise ConfigError("quantizer: the model has no linears that could be quantized")
-    return sorted(widths)
+    return sorted(shapes)
 
 
-def try_config(config: Any, width: int, device: torch.device, dtype: torch.dtype) -> type:
-    """Quantize a small linear and use it; return the class of its weight, or raise what fails."""
-    linear = nn.Linear(width, _ROWS, bias=False, device="meta")  # random weights would move a seed
+def try_config(
+    config: Any, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> type:
+    """Quantize a linear and use it; return the class of its weight, or raise what fails.
+
+    It has the inputs that are asked for, and a few outputs with the same remainders.
+    """
+    rows, width = shape[0] % 64 + 64, shape[1]
+    linear = nn.Linear(width, rows, bias=False, device="meta")  # random weights would move a seed
     weight = torch.linspace(-1, 1, linear.weight.numel(), device=device, dtype=dtype)
     linear.weight = nn.Parameter(weight.view_as(linear.weight))
     torchao("quantization").quantize_(nn.Sequential(linear), config)
     with torch.inference_mode():
-        for rows in (1, 32):
-            linear(torch.ones(rows, width, device=device, dtype=dtype)).sum().item()
+        for tokens in (1, 32):
+            linear(torch.ones(tokens, width, device=device, dtype=dtype)).sum().item()
     return type(linear.weight)
 
 
@@ -226,15 +235,15 @@ def runnable(device: torch.device, dtype: torch.dtype) -> list[str]:
 def _runs(kind: type[Quantizer], device: torch.device, dtype: torch.dtype) -> bool:
     try:
         config = kind().config(device)
-        try_config(config, _ANY_WIDTH, device, dtype)
+        try_config(config, _ANY_SHAPE, device, dtype)
     except Exception:
         return False
     return dtype is torch.bfloat16 or type(config).__name__ not in _BF16_ONLY
 
 
 def _one_line(error: Exception) -> str:
-    lines: Iterable[str] = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {next(iter(lines), '')}"
+    why = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {why}"
 
 
 def _version() -> str:

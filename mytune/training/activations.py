@@ -7,27 +7,27 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
+from mytune._sharded import local
 from mytune.errors import ConfigError, did_you_mean
 from mytune.modules.decoder import Decoder
 
 _MODES = ("full", "selective", "auto")
 
-# The costly operations: their results are kept where `keep_products` asks for it.
 _aten = torch.ops.aten
-_PRODUCTS = {
-    _aten.mm.default,
-    _aten.addmm.default,
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default}
+_ATTENTION = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
@@ -46,7 +46,8 @@ def recomputed_blocks(
         enabled: whether to recompute if `mode` is not given.
         mode: `full` for every block, `selective` for what `option` says, `auto` for as many as
             memory demands: that is for the caller to say, here it is every block.
-        option: with `selective`, n for every n-th block, `op` for every block but its products.
+        option: with `selective`, n for every n-th block, `op` for every block, but of the costly
+            operations only every second one (`keep_products` of `checkpoint_activations`).
 
     Raises:
         ConfigError: an unknown mode, or an option that does not go with it.
@@ -76,8 +77,8 @@ def checkpoint_activations(
     Args:
         model: not yet compiled or sharded.
         blocks: which ones, by number; True for all of them.
-        keep_products: keep what matrix products and attention return, too: no product is then
-            made twice, which leaves cheap operations only.
+        keep_products: keep what attention and every second matrix product return, too: half as
+            much is made twice.
     """
     chosen = range(len(model.layers)) if blocks is True else blocks or ()
     for number in chosen:
@@ -86,8 +87,7 @@ def checkpoint_activations(
 
 
 def _recomputed(forward: Callable[..., Tensor], keep_products: bool) -> Callable[..., Tensor]:
-    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-    options: dict[str, Any] = {"context_fn": contexts} if keep_products else {}
+    options: dict[str, Any] = {"context_fn": _keeping_products} if keep_products else {}
 
     # A function of our own: torch.compile skips a module whose forward is `checkpoint` itself.
     def run(*args: Any) -> Tensor:
@@ -97,9 +97,28 @@ def _recomputed(forward: Callable[..., Tensor], keep_products: bool) -> Callable
     return run
 
 
-def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = operation in _PRODUCTS
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def _keeping_products() -> Any:
+    """Return the contexts in which a block is computed first and again.
+
+    A large product costs as much per byte of its result as any other, so which ones are kept is a
+    matter of how many. Of q, k, v, o, gate, up, down these are k, o and up: the last one's result
+    is never asked for.
+    """
+    seen = {False: 0, True: 0}
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = operation in _ATTENTION
+        if operation in _PRODUCTS and _is_large(*args[-1].shape):
+            seen[context.is_recompute] += 1
+            keep = seen[context.is_recompute] % 2 == 0
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _is_large(inner: int, out: int) -> bool:
+    """Say whether a product is not an adapter's, whose rank is small."""
+    return inner * 8 > out and out * 8 > inner
 
 
 @contextmanager
@@ -121,7 +140,7 @@ def offload_activations(
     if not enabled:
         yield None
         return
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {local(p).untyped_storage()._cdata for p in model.parameters()}
     waiting = Waiting(use_streams, weights, min_bytes)
     with torch.autograd.graph.saved_tensors_hooks(waiting.pack, waiting.unpack):
         yield waiting
@@ -144,13 +163,15 @@ class Waiting:
         """Send a tensor away; called by autograd in the forward pass."""
         if self._stays(tensor):
             return tensor
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
-        storage, moved = self._known.get(key, (None, None))
-        # An address alone says nothing: it is used again when its first tensor is gone.
-        if moved is None or storage is None or storage() is None:
+        storage = tensor.untyped_storage()
+        view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = (storage._cdata, tensor._version, *view)
+        known, moved = self._known.get(key, (None, None))
+        # An address alone says nothing: it is used again when its first storage is gone.
+        if moved is None or known is None or known() is None:
             copies = self._copies_of(tensor.device)
             moved = _Moved(copies.out(tensor), tensor.device, copies, len(self._order))
-            self._known[key] = weakref.ref(tensor.untyped_storage()), moved
+            self._known[key] = weakref.ref(storage), moved
             self._order.append(moved)
             self.nbytes += moved.host.nbytes
         moved.owed += 1
@@ -165,10 +186,10 @@ class Waiting:
     def _stays(self, tensor: Tensor) -> bool:
         # Weights that FSDP has gathered have another storage; their type gives them away.
         return (
-            type(tensor) is not Tensor
+            isinstance(tensor, nn.Parameter | DTensor)
             or tensor.nbytes < self._min_bytes
             or isinstance(tensor._base, nn.Parameter)
-            or tensor.untyped_storage().data_ptr() in self._weights
+            or tensor.untyped_storage()._cdata in self._weights
         )
 
     def unpack(self, packed: Tensor | _Moved) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,9 @@ class Change(NamedTuple):
     values: Mapping[str, Any]
 
 
+Lever = Callable[[Any], Change | None]
+
+
 def smaller_settings(cfg: T) -> Iterator[tuple[str, T]]:
     """Yield what to type, and the config that it gives: each takes less memory than `cfg`.
 
@@ -26,14 +29,24 @@ def smaller_settings(cfg: T) -> Iterator[tuple[str, T]]:
     """
     seen = {""}
     for levers in _COMBINATIONS:
-        words, changed = [], cfg
-        for lever in levers:
-            if change := lever(changed):
-                words.append(change.words)
-                changed = replace(changed, **change.values)  # type: ignore[type-var]
-        if (text := " ".join(words)) not in seen:
-            seen.add(text)
-            yield text, changed
+        words, smaller = _apply(cfg, levers)
+        if words not in seen:
+            seen.add(words)
+            yield words, smaller
+
+
+def settings_to_share(cfg: T) -> tuple[str, T]:
+    """Return what to type for ranks that share a model, and its config: no result changes."""
+    return _apply(cfg, (_recompute, _sync))
+
+
+def _apply(cfg: T, levers: Iterable[Lever]) -> tuple[str, T]:
+    words = []
+    for lever in levers:
+        if change := lever(cfg):
+            words.append(change.words)
+            cfg = replace(cfg, **change.values)  # type: ignore[type-var]
+    return " ".join(words), cfg
 
 
 def _recompute(cfg: Any) -> Change | None:
@@ -57,13 +70,16 @@ def _smaller_batch(cfg: Any) -> Change | None:
     )
 
 
-def _sync_often(cfg: Any) -> Change | None:
+def _sync(cfg: Any) -> Change | None:
     """Sharded gradients are whole until they are summed."""
     key = "fsdp_sync_every_micro_batch"
-    once = world_size() == 1 or cfg.gradient_accumulation_steps == 1
-    if getattr(cfg, key, True) or once or _has_adapters(cfg):
+    if getattr(cfg, key, True) or cfg.gradient_accumulation_steps == 1 or _has_adapters(cfg):
         return None
     return Change(f"{key}=True", {key: True})
+
+
+def _sync_if_shared(cfg: Any) -> Change | None:
+    return _sync(cfg) if world_size() > 1 else None
 
 
 def _eight_bits(cfg: Any) -> Change | None:
@@ -106,8 +122,7 @@ def _has_adapters(cfg: Any) -> bool:
     return "lora_" in cfg.model["_component_"].rpartition(".")[2]
 
 
-Lever = Callable[[Any], Change | None]
-_EXACT: tuple[Lever, ...] = (_recompute, _sync_often)
+_EXACT: tuple[Lever, ...] = (_recompute, _sync_if_shared)
 _COMBINATIONS: list[tuple[Lever, ...]] = [
     (_recompute,),
     _EXACT,
@@ -115,7 +130,7 @@ _COMBINATIONS: list[tuple[Lever, ...]] = [
     (*_EXACT, _eight_bits),
     (*_EXACT, _eight_bits, _step_in_backward),
     (*_EXACT, _four_bits),
-    (*_EXACT, _smaller_batch, _sync_often, _eight_bits),
+    (*_EXACT, _smaller_batch, _sync_if_shared, _eight_bits),
     (*_EXACT, _smaller_batch, _four_bits),
-    (*_EXACT, _smaller_batch, _sync_often, _eight_bits, _four_bits, _offload),
+    (*_EXACT, _smaller_batch, _sync_if_shared, _eight_bits, _four_bits, _offload),
 ]

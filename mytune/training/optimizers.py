@@ -81,6 +81,20 @@ def check_step_in_backward(
         raise ConfigError(f"{who} takes gradients during the backward pass, but", found)
 
 
+def refuse_sharded(component: Mapping[str, Any], ranks: int) -> None:
+    """Refuse optimizers whose state cannot be shared out where `ranks` share the weights.
+
+    Raises:
+        ConfigError: an optimizer of bitsandbytes or torchao.
+    """
+    name = component["_component_"]
+    if ranks > 1 and name.startswith(("bitsandbytes.", "torchao.")):
+        raise ConfigError(
+            f"optimizer is {name}, which does not step weights that {ranks} ranks share; use "
+            "torch.optim.AdamW, or data_parallel_shard_dim=1 where the model fits on each device"
+        )
+
+
 def refuse_replicated(model: nn.Module, enabled: bool) -> None:
     """Refuse to step in backward where ranks hold the same weights: sums would come too late.
 

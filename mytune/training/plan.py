@@ -177,7 +177,8 @@ def _simulate(model: Decoder, loss_fn: Loss, settings: StepSettings) -> Peak:
     if settings.compile:
         from mytune.training.partition import partition_blocks  # imports torch's compiler
 
-        batch = meta_batch(settings.batch_size, settings.seq_len, settings.packed)
+        shape = settings.batch_size, settings.seq_len
+        batch = meta_batch(*shape, settings.packed, settings.device)
         with kernels_of(settings.device, compiled=True):
             partition_blocks(model, lambda: loss_fn(model, batch))
     checkpoint_activations(model, settings.recompute, settings.keep_products)

@@ -77,7 +77,7 @@ def describe_plan(
     rows = [
         ("model", f"{total:,} parameters, {trained:,} trained ({trained / total:.2%})"),
         ("step", _step(settings, world_size)),
-        *_run(facts, speed and speed * world_size),
+        *_run(facts, settings, speed and speed * world_size),
     ]
     lines = [f"{name:<8}{value}" for name, value in rows]
     moment = _MOMENTS[plan.moment]
@@ -102,13 +102,19 @@ def _step(settings: StepSettings, world_size: int) -> str:
 
 
 def _number(count: int, what: str) -> str:
-    plural = "es" if what.endswith("ch") else "s"
+    plural = "es" if what.endswith("batch") else "s"
     return f"{count:,} {what}{plural if count != 1 else ''}"
 
 
-def _run(facts: RunFacts, speed: float | None) -> list[tuple[str, str]]:
+def _run(facts: RunFacts, settings: StepSettings, speed: float | None) -> list[tuple[str, str]]:
     if facts.unknown:
-        return [("data", f"unknown: {facts.unknown}"), ("steps", "unknown"), ("time", "unknown")]
+        length = f"rows of {settings.seq_len:,} tokens are planned for; tokenizer.max_seq_len=N"
+        return [
+            ("data", f"unknown: {facts.unknown}"),
+            ("", f"{length} plans for others"),
+            ("steps", "unknown"),
+            ("time", "unknown"),
+        ]
     trained = facts.trained_tokens * facts.epochs
     time = "unknown until a run has left its speed in output_dir (summary.json)"
     if speed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
+from mytune.quantization import nf4
 from mytune.quantization.nf4 import NF4Linear
 
 _aten = torch.ops.aten
@@ -84,7 +84,7 @@ def simulate_step(
             ledger.count(parameter.grad, "gradients", kept_of_gradient)
 
     hooks += [p.register_post_accumulate_grad_hook(keep) for p in trained]
-    batch = meta_batch(batch_size, seq_len, packed)
+    batch = meta_batch(batch_size, seq_len, packed, device)
     with kernels_of(device), ledger:
         for tensor in batch.values():
             ledger.count(tensor, "activations")
@@ -101,9 +101,13 @@ def simulate_step(
     return Peak(dict(ledger.peak), ledger.moment, dict(ledger.most))
 
 
-def meta_batch(batch_size: int, seq_len: int, packed: bool) -> dict[str, Tensor]:
-    """Return a batch as `to_device` makes it, all of whose tokens are trained."""
-    names = ["tokens", "labels", *(["positions", "document_ids"] if packed else [])]
+def meta_batch(batch_size: int, seq_len: int, packed: bool, device: str) -> dict[str, Tensor]:
+    """Return a batch as `to_device` makes it, all of whose tokens are trained.
+
+    On CUDA packed rows are as others: FlexAttention keeps what FlashAttention does, and no mask.
+    """
+    names = ["tokens", "labels", *(["positions"] if packed else [])]
+    names += ["document_ids"] if packed and device != "cuda" else []
     shape = (batch_size, seq_len)
     batch = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
     return {**batch, "target_index": batch["labels"].new_empty(batch_size * seq_len)}
@@ -151,16 +155,24 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        for tensor in tree_leaves((args, kwargs)):  # a view of a weight is not new
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._held:
+        for tensor in _tensors((args, *(kwargs or {}).values())):  # a view of a weight is not new
+            if id(tensor.untyped_storage()) not in self._held:
                 self.count(tensor, "activations", lambda _: 0)
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._held:
+        for tensor in _tensors((result,)):
+            if id(tensor.untyped_storage()) not in self._held:
                 self.count(tensor, self.phase)
         if inside := _INSIDE.get(func):
             self._look(inside(*args))
         return result
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
@@ -208,17 +220,17 @@ def kernels_of(device: str, compiled: bool = False) -> Iterator[None]:
 
     Compiled, only products and attention are kernels of a library.
     """
-    stand_ins = dict(_CPU if device == "cpu" else _CUDA)
-    if compiled:
-        stand_ins.pop("rms_norm", None)
-    own = {name: getattr(F, name) for name in stand_ins}
+    stand_ins = [(F, name, function) for name, function in (_CPU if device == "cpu" else _CUDA)]
+    stand_ins = [each for each in stand_ins if not (compiled and each[1] == "rms_norm")]
+    stand_ins.append((nf4, "dequantize_nf4", _dequantize_at_once))
+    own = [(where, name, getattr(where, name)) for where, name, _ in stand_ins]
     try:
-        for name, function in stand_ins.items():
-            setattr(F, name, function)
+        for each in stand_ins:
+            setattr(*each)
         yield
     finally:
-        for name, function in own.items():
-            setattr(F, name, function)
+        for each in own:
+            setattr(*each)
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -284,9 +296,16 @@ def _cpu_attention(
     return flash(q, k, v, dropout_p, is_causal, attn_mask=bias, scale=scale)[0]
 
 
-_CPU = {"scaled_dot_product_attention": _cpu_attention}
-_CUDA = {
-    "scaled_dot_product_attention": _cuda_attention,
-    "rms_norm": _fused_norm,
-    "dropout": _fused_dropout,
-}
+def _dequantize_at_once(
+    codes: Tensor, scales: Tensor, steps: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Nothing is taken beside the result: by Triton, or on the CPU, piece by piece."""
+    return codes.new_empty(shape, dtype=dtype)
+
+
+_CPU = [("scaled_dot_product_attention", _cpu_attention)]
+_CUDA = [
+    ("scaled_dot_product_attention", _cuda_attention),
+    ("rms_norm", _fused_norm),
+    ("dropout", _fused_dropout),
+]

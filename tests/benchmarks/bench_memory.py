@@ -1,28 +1,30 @@
-"""What each lever saves and costs, counted and not timed: the same on every device. A Llama of 8
-blocks (dim 256, vocabulary 4,096; 11 M parameters) in bfloat16, 4 x 512 tokens, not compiled.
-`kept` is all that a forward pass leaves for its backward pass, on the device and on the CPU; in full
-fine-tuning 2,048 bytes of it are the head's gradient, which is made in the forward pass.
-`optimizer` is its state. `peak` is the most that a step holds at once, weights excluded.
+"""What each lever saves and costs, counted and not timed: Llama 3 8B in bfloat16, 2 x 4096 tokens,
+not compiled, on tensors without content; counts are those of a real run. LoRA has rank 8 in all
+linears of the blocks. `kept` is what a forward pass leaves for its backward pass on the device, a
+kB being 1,000 bytes. `optimizer` is its state, `peak` weights, state and the most that a step
+holds beside them; what kernels take for themselves is not counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import flop_registry
 
-from mytune.models.llama3 import llama3, lora_llama3
+from mytune.models.llama3 import llama3_8b, lora_llama3_8b, qlora_llama3_8b
 from mytune.modules import Decoder, LinearCrossEntropyLoss
+from mytune.quantization import NF4Linear
 from mytune.training import (
     LiveBytes,
     StepInBackward,
     checkpoint_activations,
-    count_saved_bytes,
     offload_activations,
     optimizer_state,
     recomputed_blocks,
@@ -30,9 +32,8 @@ from mytune.training import (
 from tests.benchmarks.common import THREADS, Row
 
 TITLE = "Memory"
-SIZES = dict(vocab_size=4096, num_layers=8, num_heads=8, num_kv_heads=2, embed_dim=256)
-SIZES |= dict(intermediate_dim=896, max_seq_len=512)
-LOSS = LinearCrossEntropyLoss()
+ROWS, LENGTH = 2, 4096
+TOKENS = ROWS * LENGTH
 
 
 @dataclass(frozen=True)
@@ -52,89 +53,128 @@ ACTIVATIONS = [
     Lever("ac_mode=selective, ac_option=op", "selective", "op"),
     Lever("ac_mode=selective, ac_option=2", "selective", 2),
     Lever("ac_mode=full", "full"),
-    Lever("offloading", offload=True),
     Lever("ac_mode=full, offloading", "full", offload=True),
 ]
 OPTIMIZER = [
-    Lever("optimizer_in_bwd", in_backward=True),
-    Lever("bitsandbytes AdamW8bit", optimizer="bitsandbytes.optim.AdamW8bit"),
-    Lever("torchao AdamW8bit", optimizer="torchao.optim.AdamW8bit"),
-    Lever("torchao AdamW4bit", optimizer="torchao.optim.AdamW4bit"),
-    Lever("all", "full", None, True, True, "bitsandbytes.optim.AdamW8bit"),
+    Lever("ac_mode=full, optimizer_in_bwd", "full", in_backward=True),
+    Lever("ac_mode=full, bitsandbytes AdamW8bit", "full", optimizer="bitsandbytes.optim.AdamW8bit"),
+    Lever("ac_mode=full, torchao AdamW8bit", "full", optimizer="torchao.optim.AdamW8bit"),
+    Lever("ac_mode=full, torchao AdamW4bit", "full", optimizer="torchao.optim.AdamW4bit"),
+    Lever("all of them", "full", None, True, True, "bitsandbytes.optim.AdamW8bit"),
 ]
 
 
 def measure(quick: bool) -> list[Row]:
     """Return a row per method and lever; those of a package that is missing are left out."""
     torch.set_num_threads(THREADS)
-    torch.compiler.set_stance("force_eager")  # torchao compiles its step, which counts nothing
-    sizes = {**SIZES, "num_layers": 2} if quick else SIZES
-    full = partial(llama3, **sizes)
-    lora = partial(lora_llama3, ["q_proj", "k_proj", "v_proj", "o_proj"], True, **sizes)
-    cases = [("full", full, each) for each in (NONE, *ACTIVATIONS, *OPTIMIZER)]
-    cases += [("LoRA", lora, each) for each in (NONE, *ACTIVATIONS)]
-    rows = [measure_lever(*case) for case in cases]
+    # NF4's table must be real: it outlives the tensors without content.
+    linear = NF4Linear(64, 64)
+    linear.quantize_(torch.ones(64, 64))
+    linear.dequantize()
+    linears: list[Any] = [["q_proj", "k_proj", "v_proj", "o_proj"], True]
+    cases = [("full", llama3_8b, lever) for lever in (NONE, *ACTIVATIONS, *OPTIMIZER)]
+    lora, qlora = (partial(build, *linears) for build in (lora_llama3_8b, qlora_llama3_8b))
+    cases += [("LoRA", lora, lever) for lever in (NONE, *ACTIVATIONS[:3])]
+    cases += [("QLoRA", qlora, ACTIVATIONS[2])]
+    if quick:
+        cases = [case for case in cases if case[2] in (NONE, ACTIVATIONS[2])]
+    rows = []
+    for case in cases:
+        rows.append(measure_lever(*case))
+        print(rows[-1], flush=True)
     return [row for row in rows if row]
 
 
 def measure_lever(method: str, build: Callable[[], Decoder], lever: Lever) -> Row | None:
-    """Count one lever on a new model."""
-    model = bfloat16(build())
-    rule = recomputed_blocks(len(model.layers), False, lever.ac_mode, lever.ac_option)
-    checkpoint_activations(model, rule, keep_products=lever.ac_option == "op")
+    """Return what one lever does; None where its package is missing."""
     try:
-        optimizer = find(lever.optimizer)([p for p in model.parameters() if p.requires_grad])
+        dtype = torch.bfloat16 if method == "full" else torch.float32
+        per_parameter = state_bytes(lever.optimizer, dtype)
     except ImportError:
         return None
-    tokens = torch.randint(4096, (4, 512), generator=torch.Generator().manual_seed(0))
-    batch = {"tokens": tokens, "labels": tokens.roll(-1, 1)}
-    away = []
-
-    def forward() -> Tensor:
-        with offload_activations(model, lever.offload) as waiting:
-            loss: Tensor = LOSS(model, batch)
-        away.append(waiting.nbytes if waiting else 0)
-        return loss
-
-    kept = count_saved_bytes(forward)
-    if lever.in_backward:
-        StepInBackward(optimizer)
-
-    def step() -> None:
-        forward().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    with FlopCounterMode(display=False) as flop:
-        step()
-    states = optimizer_state(model, optimizer)[0].values()
-    live = LiveBytes()
-    with live:  # the second step: state is there before it
-        step()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state = sum(each.nbytes for each in states)
+    counted = count(build, lever.ac_mode, lever.ac_option, lever.offload, lever.in_backward)
     return {
         "method": method,
         "lever": lever.name,
-        "kept, bytes per token": float((kept - away[0]) / tokens.numel()),
-        "on the CPU": float(away[0] / tokens.numel()),
-        "MFLOP per token": flop.get_total_flops() / tokens.numel() / 1e6,
-        "optimizer, bytes per parameter": state / trained,
-        "peak, MB": (live.peak - away[0] + state) / 1e6,
+        "kept, kB per token": counted.kept / TOKENS / 1e3,
+        "on the CPU, kB per token": counted.away / TOKENS / 1e3,
+        "GFLOP per token": counted.flop / TOKENS / 1e9,
+        "optimizer, bytes per trained parameter": per_parameter,
+        "peak, GiB": (counted.peak + per_parameter * counted.trained) / 2**30,
     }
 
 
-def bfloat16(model: Decoder) -> Decoder:
-    """Return the model as the recipe has it: adapters stay float32."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name:
-            parameter.data = parameter.data.bfloat16()
-        else:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
+class Counting(LiveBytes):
+    """Counts floating-point operations, too: FlopCounterMode keeps tensors alive."""
+
+    flop = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flop += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
-def find(name: str) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class Counted:
+    """Bytes kept on the device and on the CPU, the peak with weights, FLOP, what trains."""
+
+    kept: int
+    away: int
+    peak: int
+    flop: int
+    trained: int
+
+
+@cache
+def count(
+    build: Callable[[], Decoder],
+    mode: str | None,
+    option: int | str | None,
+    offload: bool,
+    in_backward: bool,
+) -> Counted:
+    """Count a forward and a backward pass."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = in_bfloat16(build)
+        blocks = recomputed_blocks(len(model.layers), False, mode, option)
+        checkpoint_activations(model, blocks, keep_products=option == "op")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if in_backward:
+            StepInBackward(torch.optim.SGD(trained))
+        tokens = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+        places = torch.zeros(TOKENS, dtype=torch.long)  # every token is trained
+        batch = {"tokens": tokens, "labels": tokens, "target_index": places}
+        counting = Counting()
+        with counting:
+            with offload_activations(model, offload) as waiting:
+                loss = LinearCrossEntropyLoss()(model, batch)
+            away = waiting.nbytes if waiting else 0  # on the CPU a copy to the CPU is no copy
+            kept = counting.now - away
+            loss.backward()
+        weights = sum(p.nbytes for p in model.parameters())
+        size = sum(p.numel() for p in trained)
+    return Counted(kept, away, weights + counting.peak - away, counting.flop, size)
+
+
+def in_bfloat16(build: Callable[[], Decoder]) -> Decoder:
+    """Build a model whose weights are bfloat16; adapters are float32 in any case."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@cache
+def state_bytes(name: str, dtype: torch.dtype) -> float:
+    """Return the bytes of state per parameter that an optimizer has after a real step."""
     module, _, attribute = name.rpartition(".")
-    found: Callable[..., Any] = getattr(__import__(module, fromlist=[attribute]), attribute)
-    return found
+    linear = nn.Linear(512, 512, bias=False, dtype=dtype)
+    optimizer = getattr(import_module(module), attribute)(linear.parameters())
+    linear.weight.grad = torch.ones_like(linear.weight)
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+        optimizer.step()
+    tensors = optimizer_state(linear, optimizer)[0].values()
+    return sum(tensor.nbytes for tensor in tensors) / linear.weight.numel()

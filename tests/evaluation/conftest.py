@@ -14,6 +14,7 @@ import torch
 import transformers
 import yaml
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._index import TaskIndex
 
 from mytune.evaluation import HarnessModel, load_tasks
 from mytune.models import auto_model
@@ -23,6 +24,22 @@ from mytune.tokenizers import Llama3Tokenizer
 from mytune.training import FullModelHFCheckpointer, load_weights
 from tests.hf import twins
 from tests.tokenizers.conftest import convert_to_json, write_tiktoken
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_index():
+    """Read each folder of tasks once: lm_eval's own has 14,000 files."""
+    build, known = TaskIndex.build, {}
+
+    def build_once(paths, **settings):
+        for path in set(paths) - known.keys():
+            known[path] = build([path], **settings)
+        return {name: entry for path in paths for name, entry in known[path].items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build_once))
+        yield
+
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"

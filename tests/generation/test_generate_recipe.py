@@ -13,7 +13,7 @@ import torch
 
 import mytune.generation
 from mytune.cli.main import main
-from mytune.generation import generate
+from mytune.generation import complete, generate
 from mytune.models import qlora_auto_model
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.tokenizers import Message
@@ -273,6 +273,23 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
     ]:
         assert re.search(rf"{re.escape(str(file))}:{row}: .*{why}", err)
     assert f"{file}:1:" not in err
+
+
+def test_ctrl_c_keeps_the_answers_of_whole_batches(tune, tmp_path, monkeypatch):
+    file = write_prompts(tmp_path, *({"prompt": text} for text in "abcde"))
+    whole, _ = tune(f"prompt_file={file}", "batch_size=2")
+    batches = []
+
+    def interrupted(*args, **kwargs):
+        batches.append(args)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return complete(*args, **kwargs)
+
+    monkeypatch.setattr(mytune.generation, "complete", interrupted)
+    out, err = tune(f"prompt_file={file}", "batch_size=2", code=130)
+    assert out.splitlines() == whole.splitlines()[:4]
+    assert re.fullmatch(FIGURES[2], err.splitlines()[-1])
 
 
 def test_one_bad_row_is_one_line(tune, tmp_path):

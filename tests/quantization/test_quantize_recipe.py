@@ -123,6 +123,16 @@ def test_without_measurements_the_base_is_never_loaded(quantize, tmp_path):
     assert report["before"] == {"bytes": size, "perplexity": None, "tokens_per_second": None}
 
 
+def test_a_builder_with_adapters_gives_its_sizes_only(quantize, tmp_path):
+    lora = ("model._component_=mytune.models.qlora_auto_model", "model.lora_modules=[q_proj]")
+    quantize(*QUICK, *lora)
+    expected = load(TINY, quantizer=Int8WeightOnlyQuantizer())
+    found = load(tmp_path / "q" / "quantized")
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        assert torch.equal(found(tokens), expected(tokens))
+
+
 def test_a_quantized_checkpoint_is_not_quantized_again(quantize, tmp_path):
     quantize(*QUICK)
     base = f"checkpointer.checkpoint_dir={tmp_path}/q/quantized"
@@ -138,6 +148,10 @@ REFUSED = {
         "unknown component .*did you mean 'Int8WeightOnlyQuantizer'",
     ),
     "quantizer=torch.nn.Identity": (2, "quantizer is a Identity"),
+    "quantizer={_component_: torchao.quantization.Int8WeightOnlyConfig, group_size: 32}": (
+        2,
+        "Int8WeightOnlyConfig: Only support version 2 with group_size=None",
+    ),
     "quantizer=mytune.quantization.Float8DynActFloat8WeightQuantizer": (
         5,
         "cannot run .*\n  these can: Int8WeightOnlyQuantizer",
@@ -195,6 +209,10 @@ def test_the_stories_model_keeps_its_perplexity(quantize, data_dir, tmp_path):
     before, after = (report[name]["perplexity"] for name in ("before", "after"))
     assert before != after and math.isclose(before, after, rel_tol=0.02)
     assert report["before"]["tokens_per_second"] is None
+    int4 = "quantizer={_component_: mytune.quantization.Int4WeightOnlyQuantizer, groupsize: 32}"
+    overrides = (f"checkpointer.checkpoint_dir={folder}", f"output_dir={tmp_path}/int4", int4)
+    _, err = quantize(*overrides, *QUICK, code=2)  # its kernels want 16 rows, these have 172
+    assert "does not fit the model, whose linears are 32 x 64, 64 x 64, 64 x 172, 172 x 64" in err
 
 
 def test_other_recipes_do_not_import_torchao():

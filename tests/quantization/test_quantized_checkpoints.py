@@ -12,7 +12,13 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import (
+    Float8Tensor,
+    Int4TilePackedTo4dTensor,
+    Int8WeightOnlyConfig,
+    PerRow,
+)
+from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from mytune.assets import ASSETS
@@ -21,7 +27,7 @@ from mytune.errors import CheckpointError, ConfigError, NumericalError, Resource
 from mytune.generation import generate
 from mytune.models import auto_model
 from mytune.quantization import Int4WeightOnlyQuantizer, Int8WeightOnlyQuantizer
-from mytune.quantization.tensors import inner_tensors, is_quantized
+from mytune.quantization.tensors import flatten, inner_tensors, is_quantized, keys_of, rebuild
 from mytune.training import (
     FullModelHFCheckpointer,
     FullModelMetaCheckpointer,
@@ -297,3 +303,33 @@ def test_a_merged_adapter_is_quantized_with_its_base(base, tmp_path):
     assert not hasattr(model.layers[0].attn.q_proj, "lora_A")
     # A weight at the edge of two codes may fall to either side.
     assert (logits(model) - logits(expected)).norm() / logits(expected).norm() < 1e-3
+
+
+def cuda_int4():
+    codes = torch.arange(8 * 2 * 32 * 4, dtype=torch.int32).view(8, 2, 32, 4)
+    return Int4TilePackedTo4dTensor(
+        codes, torch.ones(2, 64, 2, dtype=torch.bfloat16), [1, 128], torch.Size((64, 256))
+    )
+
+
+def cuda_float8():
+    kwargs = QuantizeTensorToFloat8Kwargs(granularity=PerRow())
+    codes = torch.ones(64, 256).to(torch.float8_e4m3fn)
+    return Float8Tensor(
+        codes, torch.ones(64, 1), block_size=[1, 256], act_quant_kwargs=kwargs, dtype=torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("make", [cuda_int4, cuda_float8])
+def test_classes_that_only_cuda_uses_survive_too(make):
+    tensor = make()
+    parts, text = flatten("a.weight", tensor)
+    said = json.loads(text)
+    keys = keys_of("a.weight", said)
+    again = rebuild(said, {part: parts[key] for part, key in keys.items()})
+    assert type(again) is type(tensor) and again.shape == tensor.shape == (64, 256)
+    assert again.dtype is tensor.dtype is torch.bfloat16
+    optional = getattr(tensor, "optional_tensor_attribute_names", [])
+    for name in (*tensor.tensor_attribute_names, *optional):
+        assert getattr(again, name) == getattr(tensor, name), name
+    assert keys.keys() == inner_tensors(tensor).keys()

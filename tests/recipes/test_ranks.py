@@ -75,6 +75,13 @@ HELD = {
         2,
         ["fsdp_reshard_after_forward=False"],
     ),
+    "full, stepped in the backward pass": (
+        None,
+        ["batch_size=8", "gradient_accumulation_steps=1", "clip_grad_norm=null"],
+        2,
+        ["batch_size=4", "optimizer_in_bwd=True"],
+    ),
+    "full, offloaded": (None, [], 2, ["enable_activation_offloading=True"]),
     "LoRA, whole on each": (LORA, [], 2, []),
     "LoRA, sharded": (LORA, [], 2, [SHARDED]),
     "DoRA, sharded": (DORA, [], 2, [SHARDED]),
@@ -89,7 +96,7 @@ def test_ranks_equal_one(run, config, tmp_path, held):
     config |= {"model": model} if model else {}
     config["dataset_val"] = config["dataset"]
     alone = run({**config, "output_dir": config["output_dir"] + "_alone"}, *both)
-    if n * config["gradient_accumulation_steps"] != 2 and not any("accum" in o for o in own):
+    if not any("gradient_accumulation_steps" in each for each in (*both, *own)):
         own = [*own, "gradient_accumulation_steps=1"]
     ranks = run_ranks(config, tmp_path, *both, *own, n=n)
     assert_same_curve(ranks, alone)
@@ -179,6 +186,7 @@ WRONG = {
     "data_parallel_shard_dim=3": "data_parallel_replicate_dim x data_parallel_shard_dim is 1 x 3",
     "data_parallel_replicate_dim=5": "is 5 x 1, and there are 2 processes",
     "device=cuda:1": "device is cuda:1 for 2 processes",
+    "optimizer._component_=torchao.optim.AdamW8bit": "does not step weights that 2 ranks share",
 }
 
 

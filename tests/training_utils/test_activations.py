@@ -88,8 +88,9 @@ def cost(*arguments):
 def test_recomputing_trades_bytes_for_products():
     everything, none = cost(False), cost(True)
     half, products = cost([0, 2]), cost(True, True)
-    assert none[0] < half[0] < everything[0] and none[0] < products[0] < everything[0]
-    assert none[1] > half[1] > everything[1] == products[1]
+    for kept, flop in (half, products):
+        assert none[0] < kept < everything[0]
+        assert none[1] > flop > everything[1]
     # A block's input is all that is left of it.
     assert (everything[0] - half[0]) == pytest.approx(half[0] - none[0], rel=0.1)
 

@@ -74,7 +74,8 @@ def read_quantized(
                 weights[HF.table.ours(name) or name] = rebuild(said, parts)
             problems += [f"missing {keys[part]}" for part in keys.keys() - found.keys()]
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            problems.append(f"damaged {name}: {str(error).splitlines()[0]}")
+            why = str(error).partition("\n")[0]
+            problems.append(f"damaged {name}: {type(error).__name__}: {why}")
     problems += [f"unexpected {key}" for key in held]
     problems += _mismatches(weights, parameter_shapes(config)) if not problems else []
     if problems:
