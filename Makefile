@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 
-.PHONY: demo test lint types docs bench tiny clean
+.PHONY: demo test lint types docs bench gpu tiny clean
 
 # Fine-tune the embedded model and show what changed: two minutes on two cores.
 demo: .venv/demo
@@ -26,6 +26,10 @@ docs: .venv/dev
 # Measure, write docs/benchmarks/*.json and the tables of docs/performance.md.
 bench: .venv/dev
 	$(BIN)/python -m tests.benchmarks
+
+# What needs CUDA: correctness, then measurements, in ten minutes; without a network.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu
 
 # Make the embedded model again, from nothing.
 tiny: .venv/dev

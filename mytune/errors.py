@@ -35,6 +35,10 @@ class DataError(TuneError):
     exit_code = 3
 
 
+class UnreachableError(DataError):
+    """Data that is elsewhere and cannot be had now."""
+
+
 class CheckpointError(TuneError):
     """A checkpoint that is missing, corrupt, or does not fit the model."""
 
@@ -45,6 +49,10 @@ class ResourceError(TuneError):
     """The environment lacks something: disk, permission, memory, a device, a package."""
 
     exit_code = 5
+
+
+class RanksLost(ResourceError):
+    """Other ranks died or do not answer; what is wrong is theirs to say, if they can."""
 
 
 class NumericalError(TuneError):

@@ -12,11 +12,10 @@ Copy it with `tune cp lora_finetune_single_device my_recipe.py` and change what 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ import torch
 
 from mytune.config import Component, Components, component, config_yaml, instantiate
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
-from mytune.errors import ConfigError, StoppedEarly
+from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
+from mytune.evaluation import evaluate_scores, load_tasks, refuse_generation
 from mytune.modules import (
     Decoder,
     adapter_config,
@@ -34,17 +34,27 @@ from mytune.modules import (
 )
 from mytune.tokenizers import ModelTokenizer
 from mytune.training import (
+    MemoryPlan,
     MetricLoggers,
     ProgressBar,
     Published,
+    RunFacts,
+    StepInBackward,
+    StepSettings,
     StopSignal,
     all_sum,
     check_disk_space,
     check_finite,
+    check_optimizer,
+    check_step_in_backward,
     checkpoint_activations,
     clip_grad_norm,
     compile_blocks,
     count_parameters,
+    describe_plan,
+    device_memory,
+    fewest_ranks,
+    fewest_recomputed_blocks,
     get_device,
     get_dtype,
     get_lr,
@@ -52,19 +62,33 @@ from mytune.training import (
     load_optimizer_state,
     load_weights,
     log,
+    measured_speed,
     memory_stats,
     offload_activations,
     optimizer_state,
     output_dir_lock,
+    parallel_dims,
+    plan_memory,
+    planned_device,
     process_group,
     rank,
+    recomputed_blocks,
     refuse_other_run,
+    refuse_replicated,
+    refuse_sharded,
     remove_other_run,
+    reset_peak_memory,
+    reshard,
+    restarts,
     seed_step,
     set_deterministic,
     set_seed,
+    settings_to_share,
     setup_logging,
+    shard_model,
+    smaller_settings,
     sum_gradients,
+    sync_gradients,
     use_fast_float32_matmul,
     world_size,
     write_report,
@@ -100,6 +124,8 @@ class Config:
     save_adapter_weights_only: bool = False
     # Save step_N/ every n optimizer steps, beside the one at the end of each epoch.
     save_every_n_steps: int | None = None
+    # Write step_N/ while training goes on, and in it only what resuming needs.
+    enable_async_checkpointing: bool = False
 
     # Rows to train on; a list of datasets is concatenated.
     dataset: Components
@@ -109,6 +135,16 @@ class Config:
     run_val_every_n_steps: int | None = None
     # Rows per micro-batch of the validation; if not given, batch_size.
     batch_size_val: int | None = None
+    # Tasks of lm_eval, or your own, to evaluate on while training; logged as eval/TASK/METRIC.
+    eval_tasks: list[str] | None = None
+    # Evaluate every n steps; if not given, at the end of each epoch.
+    eval_every_n_steps: int | None = None
+    # Documents per task, the first ones; below 1 a share of them; null for all.
+    eval_limit: float | None = None
+    # A folder with YAML files of your own tasks; functions that these name are run.
+    eval_include_path: str | None = None
+    # Put questions into the tokenizer's chat format.
+    eval_chat_template: bool = False
     # Order rows anew in every epoch, from the seed.
     shuffle: bool = True
     # Rows per micro-batch and device.
@@ -141,10 +177,37 @@ class Config:
     compile: bool = False
     # Keep only each block's input and recompute the rest in the backward pass: less memory.
     enable_activation_checkpointing: bool = False
+    # Which blocks do so: full (all), selective (see ac_option) or auto (as many as memory demands).
+    ac_mode: str | None = None
+    # With ac_mode=selective: n for every n-th block, op for all but half of their products.
+    ac_option: int | str | None = None
     # Keep in the CPU's memory what the backward pass needs.
     enable_activation_offloading: bool = False
+    # Copy it beside the computation, on a stream of its own (cuda only).
+    activation_offloading_use_streams: bool = True
+    # Step the optimizer in the backward pass and free each gradient at once: less memory.
+    optimizer_in_bwd: bool = False
+
+    # Ranks that share one copy of the model (FSDP2); -1: all, 1: each holds it whole, which is what
+    # LoRA does by default where it fits.
+    data_parallel_shard_dim: int | None = None
+    # Copies of the model that those ranks make up, for instance one per node.
+    data_parallel_replicate_dim: int | None = None
+    # Let go of a block's gathered weights until the backward pass: less memory, more messages.
+    fsdp_reshard_after_forward: bool = True
+    # Keep sharded weights, gradients and optimizer state in the CPU's memory.
+    fsdp_cpu_offload: bool = False
+    # Sum sharded gradients after every micro-batch, not once a step: less memory, more messages.
+    fsdp_sync_every_micro_batch: bool = False
+    # Seconds that a rank waits for the others before the run ends.
+    distributed_timeout: float = 600.0
     # Deterministic kernels: default, warn, or error where there is none.
     cudnn_deterministic_mode: str | int | None = None
+
+    # Print memory, steps and time of the run, and end: `tune run ... --dry-run`.
+    dry_run: bool = False
+    # GiB of memory of each device, for plans; if not given, what the device has.
+    device_memory: float | None = None
 
     # Where metrics go; a list writes to several.
     metric_logger: Components = component(
@@ -166,15 +229,19 @@ def main(cfg: Config) -> None:
     """Run the whole fine-tuning: prepare, train, save, report."""
     setup_logging(cfg.log_level, rank())
     check_counts(cfg)
+    check_levers(cfg)
+    if cfg.dry_run:
+        return dry_run(cfg)
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
     set_deterministic(cfg.cudnn_deterministic_mode)
     use_fast_float32_matmul(device)
+    check_optimizer(cfg.optimizer, device)
     checkpointer = instantiate(cfg.checkpointer)
 
     with ExitStack() as stack:
-        stack.enter_context(process_group(device))
-        resume = cfg.resume_from_checkpoint or checkpointer.resume
+        stack.enter_context(process_group(device, cfg.distributed_timeout))
+        resume = cfg.resume_from_checkpoint or checkpointer.resume or restarts() > 0
         own_output_dirs(stack, cfg, checkpointer, resume)
         resumed = checkpointer.latest() if resume else None
         if resume and not resumed:
@@ -188,6 +255,7 @@ def main(cfg: Config) -> None:
         tokenizer = instantiate(cfg.tokenizer)
         loader = make_loader(cfg, instantiate(cfg.dataset, tokenizer), tokenizer, seed)
         val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
+        tasks = load_tasks(cfg.eval_tasks, cfg.eval_include_path) if cfg.eval_tasks else None
         run = identity(cfg, loader, tokenizer, seed)
         check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
@@ -204,8 +272,12 @@ def main(cfg: Config) -> None:
         stack.callback(logger.close)
         profiler = stack.enter_context(instantiate(cfg.profiler))
 
-        load_model(cfg, model, checkpointer, resumed, device, dtype, seed)
-        optimizer = make_optimizer(cfg, model)
+        settings = settle(cfg, model, device, dtype, loader.dataset.pad_to or longest)
+        refuse_sharded(cfg.optimizer, settings.shard_ranks)
+        refuse_generation(tasks, settings.shard_ranks)
+        load_model(cfg, model, checkpointer, resumed, device, settings, seed)
+        optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
+        in_backward = StepInBackward(optimizer) if cfg.optimizer_in_bwd else None
         if resumed:
             load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
         lr_scheduler = instantiate(
@@ -223,6 +295,7 @@ def main(cfg: Config) -> None:
         model.train()
         stop = stack.enter_context(StopSignal())
         progress = stack.enter_context(ProgressBar(total_steps, done=step))
+        reset_peak_memory(device)  # what is logged is the training's, not the loading's
         trained_tokens, seconds = resumed.state["totals"] if resumed else (0, 0.0)
         lap = time.perf_counter()
         for epoch, micro_batches in remaining_steps(loader, step, cfg.epochs):
@@ -230,12 +303,20 @@ def main(cfg: Config) -> None:
             tokens = int(all_sum(count_targets(micro_batches), device))
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
-                with offload_activations(model, cfg.enable_activation_offloading):
+                last = batch is micro_batches[-1]
+                sync_gradients(model, last or cfg.fsdp_sync_every_micro_batch)
+                with offload_activations(
+                    model, cfg.enable_activation_offloading, cfg.activation_offloading_use_streams
+                ):
                     part = loss_fn(model, to_device(batch, device)) / max(tokens, 1)
                 part.backward()
                 loss += part.detach()
             sum_gradients(model.parameters())
-            norm = clip_grad_norm(model.parameters(), cfg.clip_grad_norm)
+            norm = (
+                in_backward.grad_norm()
+                if in_backward
+                else clip_grad_norm(model.parameters(), cfg.clip_grad_norm)
+            )
             rows = [row for batch in micro_batches for row in batch["rows"].tolist()]
             loss_value, grad_norm = check_finite(
                 all_sum(loss, device), norm, step=step + 1, rows=rows
@@ -258,7 +339,16 @@ def main(cfg: Config) -> None:
             if val_loader and is_due(step, cfg.run_val_every_n_steps, otherwise=epoch_ends):
                 metrics["val_loss"] = validate(model, loss_fn, val_loader, device)
                 log.info("step %d: val_loss %.4f", step, metrics["val_loss"])
-            if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics:
+            scores = {}
+            if tasks and is_due(step, cfg.eval_every_n_steps, otherwise=epoch_ends):
+                chat = cfg.eval_chat_template
+                scores = evaluate_scores(
+                    model, tokenizer, tasks, limit=cfg.eval_limit, chat_template=chat
+                )
+                log.info("step %d: %s", step, " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+                metrics |= scores
+                reshard(model)
+            if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or scores:
                 logger.log_dict(metrics, step)
             progress.update(step, loss_value, speed)
             profiler.step()
@@ -271,6 +361,7 @@ def main(cfg: Config) -> None:
             if stopping:
                 break
             lap = time.perf_counter()
+        checkpointer.finish()
 
         report(cfg, checkpointer, logger, step, trained_tokens, seconds, model, device)
         if step < total_steps:
@@ -280,14 +371,124 @@ def main(cfg: Config) -> None:
             )
 
 
+def dry_run(cfg: Config) -> None:
+    """Print what this run would take, and whether it fits; no weight is read, nothing written."""
+    device = planned_device(cfg.device)
+    facts, seq_len = look_at_data(cfg)
+    model, settings, plan = plan_run(cfg, device, seq_len)
+    speed = measured_speed(cfg.output_dir, model)
+    print(describe_plan(plan, settings, model, facts, world_size=world_size(), speed=speed))
+    if plan.fits is False:
+        raise ResourceError(f"the run does not fit; {what_would_fit(cfg, device, seq_len)}")
+
+
+def look_at_data(cfg: Config) -> tuple[RunFacts, int | None]:
+    """Return rows and steps of the run and tokens of the longest row; None where data are away."""
+    try:
+        tokenizer = instantiate(cfg.tokenizer)
+        data = instantiate(cfg.dataset, tokenizer)
+    except (ConfigError, UnreachableError) as error:  # a ConfigError: no tokenizer's file
+        return RunFacts(epochs=cfg.epochs, unknown=error.message), None
+    loader = make_loader(cfg, data, tokenizer, seed=0)
+    stats, longest = loader.dataset.stats, int(loader.dataset.lengths.max())
+    per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size()
+    part = min(1.0, loader.steps_per_epoch * per_step / len(loader.dataset))
+    facts = RunFacts(
+        rows=stats.rows,
+        tokens=round(part * stats.tokens),
+        trained_tokens=round(part * stats.trainable_tokens),
+        steps_per_epoch=loader.steps_per_epoch,
+        epochs=cfg.epochs,
+    )
+    return facts, loader.dataset.pad_to or longest
+
+
+def plan_run(
+    cfg: Config, device: torch.device, seq_len: int | None
+) -> tuple[Decoder, StepSettings, MemoryPlan]:
+    """Return the model without memory, how it is trained, and what that takes on each device.
+
+    Args:
+        seq_len: tokens of the longest row; if not known, what the tokenizer cuts rows at, or 2048.
+    """
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    seq_len = seq_len or cfg.tokenizer.get("max_seq_len") or min(2048, model.config.max_seq_len)
+    dtype = get_dtype(cfg.dtype, torch.device("cpu"))
+    settings = settle(cfg, model, device, dtype, seq_len)
+    memory = device_memory(device, cfg.device_memory)
+    return model, settings, plan_memory(model, instantiate(cfg.loss), settings, memory)
+
+
+def settle(
+    cfg: Config, model: Decoder, device: torch.device, dtype: torch.dtype, seq_len: int
+) -> StepSettings:
+    """Decide what depends on memory: how many ranks share the model, what is recomputed."""
+    rule = (cfg.enable_activation_checkpointing, cfg.ac_mode, cfg.ac_option)
+    settings = StepSettings(
+        optimizer=cfg.optimizer,
+        dtype=dtype,
+        device=device.type,
+        batch_size=cfg.batch_size,
+        seq_len=seq_len,
+        packed=any(each.get("packed", False) for each in as_list(cfg.dataset)),
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        recompute=recomputed_blocks(model.config.num_layers, *rule),
+        keep_products=cfg.ac_option == "op",
+        offload=cfg.enable_activation_offloading,
+        compile=cfg.compile,
+        optimizer_in_bwd=cfg.optimizer_in_bwd,
+        reshard=cfg.fsdp_reshard_after_forward,
+        cpu_offload=cfg.fsdp_cpu_offload,
+        sync_every_micro_batch=cfg.fsdp_sync_every_micro_batch,
+    )
+    memory, loss_fn = device_memory(device, cfg.device_memory), instantiate(cfg.loss)
+    dims = (cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim)
+    fits = bool(adapter_state(model))
+    if fits and world_size() > 1 and dims == (None, None):
+        fits = bool(plan_memory(model, loss_fn, settings, memory).fits)
+    settings = replace(settings, shard_ranks=parallel_dims(*dims, fits=fits)[1])
+    if cfg.ac_mode == "auto" and memory is not None:
+        blocks = fewest_recomputed_blocks(model, loss_fn, settings, memory)
+        log.info("ac_mode=auto: %d of %d blocks are recomputed", len(blocks), len(model.layers))
+        settings = replace(settings, recompute=blocks)
+    return settings
+
+
+def what_would_fit(cfg: Config, device: torch.device, seq_len: int | None) -> str:
+    """Return what to type so that the run fits: settings that need less, else more devices."""
+    if cfg.ac_mode == "auto":  # has recomputed all, and found that it does not do
+        cfg = replace(cfg, ac_mode="full")
+    for words, smaller in smaller_settings(cfg):
+        if plan_run(smaller, device, seq_len)[2].fits:
+            return f"it would with {words}"
+    words, smaller = settings_to_share(cfg)
+    model, settings, plan = plan_run(smaller, device, seq_len)
+    ranks = fewest_ranks(model, instantiate(cfg.loss), settings, plan.memory or 0)
+    if ranks is None:
+        return "nor do the settings that need least"
+    return f"it would on {ranks} devices that share the model{words and f', with {words}'}"
+
+
 def check_counts(cfg: Config) -> None:
     """Refuse numbers of steps and epochs below 1."""
     keys = ("epochs", "save_every_n_steps", "run_val_every_n_steps", "batch_size_val")
-    counts = {key: getattr(cfg, key) for key in (*keys, "log_every_n_steps")}
+    keys += ("log_every_n_steps", "eval_every_n_steps")
+    counts = {key: getattr(cfg, key) for key in keys}
     if low := [f"{key} is {n}" for key, n in counts.items() if n is not None and n < 1]:
         raise ConfigError(f"{', '.join(low)}; it must be at least 1")
+    if cfg.device_memory is not None and not cfg.device_memory > 0:
+        raise ConfigError(f"device_memory is {cfg.device_memory}; it must be above 0 GiB, or null")
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
         raise ConfigError(f"clip_grad_norm is {cfg.clip_grad_norm}; it must be above 0, or null")
+
+
+def check_levers(cfg: Config) -> None:
+    """Refuse what saves memory where it cannot work, before anything is loaded."""
+    recomputed_blocks(1, cfg.enable_activation_checkpointing, cfg.ac_mode, cfg.ac_option)
+    check_step_in_backward(
+        cfg.optimizer, cfg.optimizer_in_bwd, cfg.gradient_accumulation_steps, cfg.clip_grad_norm
+    )
 
 
 def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any, resume: bool) -> None:
@@ -318,6 +519,11 @@ def make_loader(
         world_size=world_size(),
         max_steps_per_epoch=cfg.max_steps_per_epoch,
     )
+    if len(loader.dataset) < world_size():
+        raise ConfigError(
+            f"there are {world_size()} processes, but {len(loader.dataset)} rows to train on; "
+            "start fewer processes (--nproc_per_node)"
+        )
     log.info("data: %s, %d steps per epoch", loader.dataset.stats, loader.steps_per_epoch)
     return loader
 
@@ -397,16 +603,33 @@ def load_model(
     checkpointer: Any,
     resumed: Published | None,
     device: torch.device,
-    dtype: torch.dtype,
+    settings: StepSettings,
     seed: int,
 ) -> None:
     """Prepare the model for training and fill it, tensor by tensor."""
-    checkpoint_activations(model, cfg.enable_activation_checkpointing)
+    checkpoint_activations(model, settings.recompute, settings.keep_products)
     compile_blocks(model, cfg.compile)
+    shard(cfg, model, device, settings.shard_ranks)
+    refuse_replicated(model, cfg.optimizer_in_bwd)
     has_adapters = bool(adapter_state(model))
     weights = (checkpointer if has_adapters or not resumed else resumed).weights(model.config)
-    load_weights(model, weights, device, dtype)
+    load_weights(model, weights, device, settings.dtype)
     load_adapters(model, (resumed or checkpointer).adapter_weights(), device, seed)
+
+
+def shard(cfg: Config, model: Decoder, device: torch.device, ranks: int) -> None:
+    """Share the model out over `ranks` each, or let every one hold it whole."""
+    replicate = world_size() // ranks
+    if world_size() > 1:
+        log.info("ranks: %d copies of the model, each shared by %d", replicate, ranks)
+    shard_model(
+        model,
+        device,
+        replicate=replicate,
+        shard=ranks,
+        reshard_after_forward=cfg.fsdp_reshard_after_forward,
+        cpu_offload=cfg.fsdp_cpu_offload,
+    )
 
 
 def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtype) -> None:
@@ -417,18 +640,6 @@ def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtyp
     adapters = trained if adapter_state(model) else 0
     # AdamW keeps two numbers for each that trains.
     check_disk_space(checkpointer.output_dir, weights + adapters + 2 * trained)
-
-
-def make_optimizer(cfg: Config, model: Decoder) -> torch.optim.Optimizer:
-    """Give the parameters that train to the optimizer."""
-    optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ConfigError(
-            f"optimizer: {cfg.optimizer['_component_']} asks for a closure at each step, which "
-            "this recipe does not have; use one that steps once, such as torch.optim.AdamW"
-        )
-    return optimizer
 
 
 def remaining_steps(
@@ -462,6 +673,7 @@ def validate(model: Decoder, loss_fn: Any, loader: BatchLoader, device: torch.de
         tokens += count_targets(micro_batches)
         for batch in micro_batches:
             loss += loss_fn(model, to_device(batch, device))
+    reshard(model)
     model.train()
     return all_sum(loss.item(), device) / max(all_sum(tokens, device), 1)
 
@@ -480,11 +692,14 @@ def save(
     """Publish a checkpoint: weights to use, adapter, and what resuming needs."""
     adapter = adapter_state(model)
     tensors, optimizer_json = optimizer_state(model, optimizer)
+    to_resume = cfg.enable_async_checkpointing and name.startswith("step_")
+    adapter_only = bool(adapter) and (cfg.save_adapter_weights_only or to_resume)
     checkpointer.save(
         name,
         step=step,
         dtype=dtype,
-        weights=None if adapter and cfg.save_adapter_weights_only else merged_weights(model),
+        weights=None if adapter_only or to_resume else merged_weights(model),
+        trained=dict(model.named_parameters()) if to_resume and not adapter else None,
         config=model.config,
         adapter=adapter,
         adapter_config=adapter_config(model),
@@ -496,6 +711,7 @@ def save(
             "totals": totals,
         },
         run={**run, "samples_seen": step * run["rows_per_step"]},
+        background=to_resume,
     )
 
 

@@ -3,25 +3,39 @@
     tune run generate --config generation prompt="Hello, my name is"
     tune run generate --config generation prompt.user="Tell me a joke." prompt.system="Be brief."
     tune run generate --config generation checkpointer.adapter_checkpoint=run/epoch_0/adapter
+    tune run generate --config generation prompt_file=prompts.jsonl > answers.jsonl
 
-The text goes to stdout as it comes, everything else to stderr. Copy it with
-`tune cp generate my_generate.py` and change what you like.
+The text goes to stdout as it comes, everything else to stderr. Several answers, or answers with
+log-probabilities, are JSON lines. Copy it with `tune cp generate my_generate.py` and change what
+you like.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mytune.config import Component, instantiate
-from mytune.errors import ConfigError
-from mytune.generation import check_prompt, check_sampling, generate, pack_linears
-from mytune.modules import Decoder
-from mytune.tokenizers import Message, ModelTokenizer, StreamDecoder
+from mytune.datasets import OpenAIToMessages, open_source
+from mytune.errors import ConfigError, DataError
+from mytune.generation import (
+    Sampling,
+    TextStream,
+    check_prompt,
+    check_sampling,
+    complete,
+    generate,
+    pack_linears,
+)
+from mytune.modules import Decoder, DecoderConfig
+from mytune.quantization import stored_bytes
+from mytune.tokenizers import Message, ModelTokenizer
 from mytune.training import (
     get_device,
     get_dtype,
@@ -48,7 +62,12 @@ class Config:
     output_dir: str = "."
 
     # A text to continue, or a turn of a chat to answer: {system: ..., user: ...}.
-    prompt: Any
+    prompt: Any = None
+    # A file of prompts to answer instead, one JSON object per line: {"prompt": ...}, with what
+    # prompt can be, {"user": ..., "system": ...} or {"messages": [...]}. Answers are JSON lines.
+    prompt_file: str | None = None
+    # Prompts of the file that are answered together.
+    batch_size: int = 8
     # Stop after this many tokens, if no stop token comes before.
     max_new_tokens: int = 300
     # 0 always takes the likeliest token; higher is more varied.
@@ -57,6 +76,16 @@ class Config:
     top_k: int | None = 300
     # Draw from the likeliest tokens that together reach this probability; null for all.
     top_p: float | None = None
+    # Draw from the tokens at least this many times as likely as the likeliest one; null for all.
+    min_p: float | None = None
+    # Above 1: tokens that the text already has become less likely.
+    repetition_penalty: float = 1.0
+    # Texts that end the answer, such as ["\n\n"]; they are not part of it. null for none.
+    stop: list[str] | None = None
+    # Answers to each prompt; more than one come as JSON lines.
+    num_samples: int = 1
+    # Write the new tokens and their log-probabilities too; answers come as JSON lines.
+    logprobs: bool = False
     # The same seed gives the same text; a random one, which is logged, if null.
     seed: int | None = 1234
 
@@ -66,7 +95,9 @@ class Config:
     dtype: str = "bf16"
     # Keep keys and values of earlier tokens; without, every token reads the whole text again.
     enable_kv_cache: bool = True
-    # Must be null: weights are not quantized here yet.
+    # Compile the step for one token: it takes a while, then every token takes less.
+    compile: bool = False
+    # Quantize the linears once they are loaded; a quantized checkpoint needs none.
     quantizer: Component | None = None
     # Deterministic kernels: default, warn, or error where there is none.
     cudnn_deterministic_mode: str | int | None = None
@@ -77,45 +108,73 @@ class Config:
 def main(cfg: Config) -> int:
     """Load, generate, report the speed; returns 130 after Ctrl-C."""
     setup_logging(cfg.log_level)
-    if cfg.quantizer is not None:
-        raise ConfigError("quantizer is not supported by generate yet; remove it or set it to null")
-    check_sampling(cfg.temperature, cfg.top_k, cfg.top_p)
+    sampling = read_sampling(cfg)
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
     set_deterministic(cfg.cudnn_deterministic_mode)
     generator = torch.Generator(device).manual_seed(set_seed(cfg.seed))
 
-    # What can be wrong with the prompt is found before the weights are read.
+    # What can be wrong with a prompt is found before the weights are read.
     tokenizer = instantiate(cfg.tokenizer)
-    prompt_ids = tokenize_prompt(cfg.prompt, tokenizer)
-    checkpointer = instantiate(cfg.checkpointer)
+    checkpointer, quantizer = instantiate(cfg.checkpointer), instantiate(cfg.quantizer)
     with torch.device("meta"):
         model = instantiate(cfg.model)
-    check_prompt(prompt_ids, model.config)
-    if len(prompt_ids) + cfg.max_new_tokens > model.config.max_seq_len:
+    if cfg.prompt_file is None:
+        rows, prompts = [{"prompt": cfg.prompt}], [tokenize_prompt(cfg.prompt, tokenizer)]
+        check_prompt(prompts[0], model.config)
+    else:
+        rows, prompts = read_prompts(cfg.prompt_file, tokenizer, model.config)
+    if max(map(len, prompts)) + cfg.max_new_tokens > model.config.max_seq_len:
         log.warning("the text will end at the model's %d positions", model.config.max_seq_len)
 
-    model = load_for_inference(model, checkpointer, device, dtype)
+    model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
     bytes_read = bytes_per_token(model)
-    pack_linears(model)
+    streamed = cfg.prompt_file is None and cfg.num_samples == 1 and not cfg.logprobs
+    if cfg.compile:  # which lays weights out by itself, and cannot look into packed ones
+        log.info("compiling the step for one token with the first ones; this takes a while")
+    else:
+        pack_linears(model, 1 if streamed else cfg.batch_size * cfg.num_samples)
 
+    settings: dict[str, Any] = {
+        "max_new_tokens": cfg.max_new_tokens,
+        "generator": generator,
+        "enable_kv_cache": cfg.enable_kv_cache,
+        "compile": cfg.compile,
+        **sampling,
+    }
     started = time.perf_counter()
-    tokens = generate(
-        model,
-        prompt_ids,
-        max_new_tokens=cfg.max_new_tokens,
+    if streamed:
+        stops = tokenizer.stop_tokens
+        tokens = generate(model, prompts[0], stop_tokens=stops, **settings)
+        if isinstance(cfg.prompt, str):
+            print(cfg.prompt, end="", flush=True)
+        count, interrupted = stream(tokens, TextStream(tokenizer.stream_decoder(), cfg.stop or ()))
+    else:
+        settings |= {"num_samples": cfg.num_samples, "logprobs": cfg.logprobs}
+        settings["stop"] = cfg.stop or ()
+        answers = answer(model, rows, prompts, tokenizer, cfg.batch_size, settings)
+        count, interrupted = write(answers)
+    # A step of several rows reads the weights once: tokens do not say how many steps there were.
+    report(count, time.perf_counter() - started, bytes_read if streamed else None, device)
+    return 130 if interrupted else 0
+
+
+def read_sampling(cfg: Config) -> Sampling:
+    """Return how tokens are drawn; raise ConfigError for what cannot be, in other keys as well."""
+    sampling = Sampling(
         temperature=cfg.temperature,
         top_k=cfg.top_k,
         top_p=cfg.top_p,
-        stop_tokens=tokenizer.stop_tokens,
-        generator=generator,
-        enable_kv_cache=cfg.enable_kv_cache,
+        min_p=cfg.min_p,
+        repetition_penalty=cfg.repetition_penalty,
     )
-    if isinstance(cfg.prompt, str):
-        print(cfg.prompt, end="", flush=True)
-    count, interrupted = stream(tokens, tokenizer.stream_decoder())
-    report(count, time.perf_counter() - started, bytes_read, device)
-    return 130 if interrupted else 0
+    check_sampling(**sampling)
+    for key in ("batch_size", "num_samples", "max_new_tokens"):
+        if getattr(cfg, key) < 1:
+            raise ConfigError(f"{key} is {getattr(cfg, key)}; it must be at least 1")
+    if "" in (cfg.stop or []):
+        raise ConfigError("stop has an empty text, which would end every answer; remove it")
+    return sampling
 
 
 def tokenize_prompt(prompt: Any, tokenizer: ModelTokenizer) -> list[int]:
@@ -132,30 +191,114 @@ def tokenize_prompt(prompt: Any, tokenizer: ModelTokenizer) -> list[int]:
     return tokenizer.tokenize_messages(messages, add_generation_prompt=True)[0]
 
 
+def read_prompts(
+    file: str, tokenizer: ModelTokenizer, config: DecoderConfig
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """Return the rows of a file and the ids of their prompts.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: rows that cannot be answered, up to 20 of them, each with its `file:row`.
+    """
+    if not Path(file).expanduser().is_file():
+        raise ConfigError(f"prompt_file is {file!r}, and there is no such file")
+    rows, prompts, problems = [], [], []
+    for where, row in open_source(file).read():
+        try:
+            prompts.append(tokenize_row(row, tokenizer))
+            check_prompt(prompts[-1], config)
+            rows.append(row)
+        except (ConfigError, DataError) as error:
+            problems.append(f"{where}: {error}")
+    if len(problems) == 1:
+        raise DataError(problems[0])
+    if problems:
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        many = f"{len(problems)} rows of prompt_file cannot be answered"
+        raise DataError(many, problems[:20] + more)
+    if not rows:
+        raise DataError(f"prompt_file {file} has no rows")
+    return rows, prompts
+
+
+def tokenize_row(row: Any, tokenizer: ModelTokenizer) -> list[int]:
+    """Return the ids of a row's prompt; raise ConfigError or DataError if it has none."""
+    match row:
+        case DataError():
+            raise row
+        case {"messages": _}:
+            messages = OpenAIToMessages()(row)
+            if messages[-1].role == "assistant":
+                raise DataError("the last of the messages is the assistant's: nothing to answer")
+            return tokenizer.tokenize_messages(messages, add_generation_prompt=True)[0]
+        case {"prompt": prompt}:
+            return tokenize_prompt(prompt, tokenizer)
+        case {"user": str(user)}:
+            return tokenize_prompt({"user": user, "system": row.get("system")}, tokenizer)
+    raise DataError('a row is an object with "prompt", "messages", or "user" and perhaps "system"')
+
+
+def answer(
+    model: Decoder,
+    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
+    tokenizer: ModelTokenizer,
+    batch_size: int,
+    settings: dict[str, Any],
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield, for each answer, how many tokens it has and the row with the answer in it."""
+    samples = settings["num_samples"]
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        for number, completion in enumerate(complete(model, batch, tokenizer, **settings)):
+            found = completion.row
+            answered = {**rows[start + number // samples], "completion": completion.text}
+            if samples > 1:
+                answered["sample"] = number % samples
+            answered["ended"] = found.ended
+            if settings["logprobs"]:
+                answered |= {"tokens": found.tokens, "logprobs": found.logprobs}
+            yield len(found.tokens), answered
+
+
+def write(answers: Iterator[tuple[int, dict[str, Any]]]) -> tuple[int, bool]:
+    """Print answers as they come; return their tokens and whether Ctrl-C ended them."""
+    count, interrupted = 0, False
+    try:
+        for tokens, row in answers:
+            count += tokens
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    return count, interrupted
+
+
 def bytes_per_token(model: Decoder) -> int:
     """Return the bytes of weights that a step reads: all but an embedding that is no head."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    embedding = model.embed_tokens.weight
-    return size if model.lm_head is None else size - embedding.numel() * embedding.element_size()
+    size = sum(stored_bytes(parameter) for parameter in model.parameters())
+    return size if model.lm_head is None else size - stored_bytes(model.embed_tokens.weight)
 
 
-def stream(tokens: Iterator[int], decoder: StreamDecoder) -> tuple[int, bool]:
+def stream(tokens: Iterator[int], text: TextStream) -> tuple[int, bool]:
     """Print tokens as they come; return how many there were and whether Ctrl-C ended them."""
     count, interrupted = 0, False
     try:
         for token in tokens:
             count += 1
-            print(decoder.put(token), end="", flush=True)
+            print(text.put(token), end="", flush=True)
+            if text.stopped:
+                break
     except KeyboardInterrupt:
         interrupted = True
-    print(decoder.flush(), flush=True)
+    print(text.flush(), flush=True)
     return count, interrupted
 
 
-def report(tokens: int, seconds: float, bytes_read: int, device: torch.device) -> None:
+def report(tokens: int, seconds: float, bytes_read: int | None, device: torch.device) -> None:
     """Log speed and memory in the words of torchtune's tutorials."""
     log.info("Time for inference: %.2f sec total, %.2f tokens/sec", seconds, tokens / seconds)
-    log.info("Bandwidth achieved: %.2f GB/s", bytes_read * tokens / seconds / 1e9)
+    if bytes_read is not None:
+        log.info("Bandwidth achieved: %.2f GB/s", bytes_read * tokens / seconds / 1e9)
     memory = memory_stats(device)
     used = max((memory[name] for name in memory if name.endswith(("alloc", "rss"))), default=0.0)
     log.info("Memory used: %.2f GB", used * 2**30 / 1e9)

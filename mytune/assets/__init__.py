@@ -1,4 +1,4 @@
-"""What the package carries: a small Llama 3 in `tiny/`, data in `dates/`, how both are made."""
+"""What the package carries: a small Llama 3 in `tiny/`, data beside it, how all of it is made."""
 
 from __future__ import annotations
 

@@ -93,6 +93,7 @@ def main() -> None:
     dates = iso_dates(rng, 3_200)
     write_rows(ASSETS / "dates" / "train.jsonl", dates[:3_000])
     write_rows(ASSETS / "dates" / "test.jsonl", dates[3_000:])
+    write_unseen_text(ASSETS / "stories" / "test.txt")
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         write_rows(work / "text.jsonl", [{"text": text} for text in stories])
@@ -103,6 +104,13 @@ def main() -> None:
         write_random_weights(start)
         train(work)
         publish(work / "run" / f"epoch_{EPOCHS - 1}", ASSETS / "tiny")
+
+
+def write_unseen_text(file: Path) -> None:
+    """Write stories that the model is not trained on, to measure its perplexity."""
+    rng = Random(1)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n".join(story(rng) for _ in range(100)) + "\n")
 
 
 def write_rows(file: Path, rows: list[Row]) -> None:

@@ -15,6 +15,7 @@ VERBS = {
     "ls": "list the recipes and their configs",
     "cp": "copy a recipe or a whole config, to change it",
     "run": "run a recipe, here or under torchrun",
+    "chat": "chat in the terminal with a model of yours",
     "validate": "check a config: keys, types, components, files",
     "cat": "print a whole config with a comment on every key",
     "completion": "print a completion script for bash, zsh or fish",

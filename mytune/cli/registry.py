@@ -51,6 +51,8 @@ _ROWS = [
     ),
     ("lora_finetune_distributed", "finetune.py", ("*/*_*lora", "*/*_*dora")),
     ("generate", "generate.py", ("generation", "*/generation")),
+    ("eleuther_eval", "eleuther_eval.py", ("eleuther_evaluation", "*/evaluation")),
+    ("quantize", "quantize.py", ("quantization", "*/quantization")),
 ]
 RECIPES = {row[0]: Recipe(*row) for row in _ROWS}
 

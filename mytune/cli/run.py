@@ -30,6 +30,7 @@ class Job(NamedTuple):
     config: Path | None
     overrides: list[str]
     allow: list[str]
+    dry_run: bool = False
 
 
 def parser() -> Parser:
@@ -42,6 +43,10 @@ def parser() -> Parser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a name of `tune ls`, or a Python file")
     parser.add_argument("--config", metavar="CONFIG", help="a name of `tune ls`, or a YAML file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print memory, steps and time of the run, and end"
+    )
+    parser.add_argument("--compare", metavar="BASE", help="for eleuther_eval: compare=BASE")
     parser.add_config_arguments()
     return parser
 
@@ -52,13 +57,16 @@ def main(argv: list[str]) -> int:
         parser().print_help()
         return 0
     job = parse(words)
-    _prepare_torch()
+    prepare_torch()
     loaded = load(job)
     tell(loaded)
     if options or job.recipe.stem.endswith("_distributed") or words[0].endswith("_distributed"):
-        from mytune.cli.torchrun import launch
+        from mytune.cli.torchrun import as_one_of, launch
 
-        return launch(options, words)
+        if not job.dry_run:
+            return launch(options, words)
+        with as_one_of(options):
+            return execute(job, loaded)
     return execute(job, loaded)
 
 
@@ -88,7 +96,18 @@ def parse(words: Sequence[str]) -> Job:
     recipe = registry.find_recipe(args.recipe)
     config = registry.find_config(args.config) if args.config else None
     _check_pair(args, recipe)
-    return Job(recipe, config, args.overrides, args.allow_component)
+    overrides = args.overrides + ([f"compare={args.compare}"] if args.compare else [])
+    if args.dry_run:
+        _check_plannable(args.recipe, recipe)
+        overrides.append("dry_run=True")
+    return Job(recipe, config, overrides, args.allow_component, args.dry_run)
+
+
+def _check_plannable(name: str, recipe: Path) -> None:
+    from mytune.config.schema import read_schema
+
+    if "dry_run" not in read_schema(recipe).names:
+        raise ConfigError(f"--dry-run: the recipe {name} has no key dry_run, so it makes no plan")
 
 
 def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
@@ -108,7 +127,13 @@ def load(job: Job, *, components: bool = True) -> LoadedConfig:
     from mytune.config import check_components, config_error, read_config
 
     loaded = read_config(job.recipe, job.config, job.overrides, allow_components=job.allow)
-    problems = loaded.problems + (check_components(loaded) if components else [])
+    problems = loaded.problems
+    if components:
+        found = check_components(loaded)
+        # A plan needs no weights, and says so itself where it lacks something.
+        needed = check_components(loaded, files=False) if job.dry_run else found
+        problems += needed
+        loaded.tree.notices += [each for each in found if each not in needed]
     if problems:
         raise config_error(problems)
     return loaded
@@ -140,7 +165,7 @@ def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
     same = getattr(caller, "__file__", None) and os.path.samefile(str(caller.__file__), file)
 
     def work() -> int:
-        _prepare_torch()
+        prepare_torch()
         job = parse(words)
         loaded = load(job)
         tell(loaded)
@@ -149,7 +174,7 @@ def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
     return report(work)
 
 
-def _prepare_torch() -> None:
+def prepare_torch() -> None:
     """Let CUDA's allocator grow its segments, which loses less memory; the user's setting wins."""
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

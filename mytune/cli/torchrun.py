@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from mytune.cli.report import DEBUG
-from mytune.cli.worker import FOLDER, first_failure, running
+from mytune.cli.worker import FOLDER, first_failure, running, silent_ranks
 from mytune.errors import ConfigError, TuneError
+
+_WHY: dict[int, str] = {
+    signal.SIGKILL: "; the system kills what uses too much memory",
+    signal.SIGABRT: "; NCCL ends a rank whose peers do not answer within distributed_timeout",
+}
 
 
 class RankDied(TuneError):
@@ -25,8 +31,7 @@ class RankDied(TuneError):
         how = f"ended with code {code}"
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
-        hint = "; the system kills what uses too much memory" if code == -signal.SIGKILL else ""
-        super().__init__(f"rank {rank} {how}{hint}")
+        super().__init__(f"rank {rank} {how}{_WHY.get(-code, '')}")
         self.exit_code = 128 - code if code < 0 else code
 
 
@@ -39,11 +44,8 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    launcher = run.get_args_parser()
-    launcher.error = _refuse  # type: ignore[method-assign]
-    worker = ["-m", "mytune.cli.worker", *words]
-    args = launcher.parse_args([*_defaults(options), *options, *worker])
-    _share_cores(args.nproc_per_node, run.determine_local_world_size)
+    args = _parse(options, ["-m", "mytune.cli.worker", *words])
+    _share_cores(_processes(args.nproc_per_node))
     with tempfile.TemporaryDirectory(prefix="mytune-") as name, _quiet():
         folder = Path(name)
         failure = None
@@ -51,15 +53,40 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
             with _environment(name), _pass_signals_on(folder):
                 run.run(args)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
-            failure = error.get_first_failure()
+            codes = [(each.exitcode, rank) for rank, each in error.failures.items()]
+            # torchrun ends the others with SIGTERM: that is not what was wrong.
+            failure = min(codes, key=lambda each: (each[0] == -signal.SIGTERM, each))
         except SignalException as error:
             return 128 + error.sigval
-        code, text = first_failure(_last_attempt(folder))
-    if failure and not code:
-        raise RankDied(failure[0], failure[1].exitcode)
-    if text:
-        print(text, file=sys.stderr)
-    return code
+        first = first_failure(_last_attempt(folder))
+        silent = silent_ranks(_last_attempt(folder))
+    if failure and (not first.code or (first.lost and failure[0] < 0)):
+        raise RankDied(failure[1], failure[0])
+    if first.text:
+        print(first.text, file=sys.stderr)
+    if first.lost and silent:
+        print(f"  no word from rank {', '.join(map(str, silent))}", file=sys.stderr)
+    return first.code
+
+
+@contextmanager
+def as_one_of(options: Sequence[str]) -> Iterator[None]:
+    """Let this process see the number of processes that torchrun would start; none is started.
+
+    Of a range of nodes it is the smallest.
+    """
+    args = _parse(options)
+    per_node = _processes(args.nproc_per_node)
+    nodes = args.nnodes.partition(":")[0]
+    if not nodes.isdecimal() or not int(nodes):
+        raise ConfigError(f"--nnodes is {args.nnodes}; it can be a number or MIN:MAX")
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(per_node * int(nodes))
+    try:
+        yield
+    finally:
+        os.environ.pop("WORLD_SIZE")
+        os.environ.update({"WORLD_SIZE": before} if before else {})
 
 
 def _last_attempt(folder: Path) -> Path:
@@ -85,15 +112,30 @@ def _defaults(options: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _share_cores(processes: str, count: Callable[[str], int]) -> None:
-    """Give each process its share of the cores; torchrun would give it one."""
+def _parse(options: Sequence[str], what: Sequence[str] = ("none",)) -> argparse.Namespace:
+    """Read torchrun's options; `what` it is to run comes last."""
+    from torch.distributed import run
+
+    launcher = run.get_args_parser()
+    launcher.error = _refuse  # type: ignore[method-assign]
+    return launcher.parse_args([*_defaults(options), *options, *what])
+
+
+def _processes(per_node: str) -> int:
+    """Return the number of processes per node that `--nproc-per-node` asks for."""
+    from torch.distributed import run
+
     try:
-        number = count(processes)
+        return int(run.determine_local_world_size(per_node))
     except ValueError as error:
-        raise ConfigError(f"--nproc-per-node {processes}: {error}") from None
+        raise ConfigError(f"--nproc-per-node {per_node}: {error}") from None
+
+
+def _share_cores(processes: int) -> None:
+    """Give each process its share of the cores; torchrun would give it one."""
     linux = sys.platform == "linux"
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, number))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, processes))))
 
 
 @contextmanager

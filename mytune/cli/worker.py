@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 # Environment variable: a folder with one for each attempt (torchrun's --max-restarts begins new
 # ones), where each process leaves a file called as its pid and, when it ends, an outcome beside it.
@@ -19,20 +20,28 @@ def main() -> int:
     """Run the recipe and leave its exit code and message where the launcher finds them."""
     from mytune.cli.report import outcome
     from mytune.cli.run import execute, load, parse
+    from mytune.errors import RanksLost
 
     mine = Path(os.environ.pop(FOLDER), os.environ["TORCHELASTIC_RESTART_COUNT"], str(os.getpid()))
     del os.environ["PYTHONSAFEPATH"]  # was for this process alone
     mine.parent.mkdir(exist_ok=True)
-    mine.touch()
+    mine.write_text(os.environ["RANK"])
     threading.Thread(target=_watch, args=(mine.parent, os.getppid()), daemon=True).start()
 
+    lost = False
+
     def work() -> int:
+        nonlocal lost
         job = parse(sys.argv[1:])
-        return execute(job, load(job, components=False))  # the launcher has checked the components
+        try:  # the launcher has checked the components
+            return execute(job, load(job, components=False))
+        except RanksLost:
+            lost = True
+            raise
 
     code, text = outcome(work)
     part = mine.with_suffix(".part")
-    part.write_text(json.dumps({"code": code, "text": text, "time": time.time()}))
+    part.write_text(json.dumps({"lost": lost, "time": time.time(), "code": code, "text": text}))
     part.rename(mine.with_suffix(".json"))
     # torchrun ends all ranks as soon as one fails; in a run that stops early each takes its time.
     return 0 if code == _STOPPED else code
@@ -47,14 +56,24 @@ def running(attempt: Path) -> list[int]:
     ]
 
 
-def first_failure(attempt: Path) -> tuple[int, str]:
-    """Return exit code and message of the rank that failed first; (0, "") if none has."""
-    outcomes = [json.loads(file.read_text()) for file in attempt.glob("*.json")]
-    failed = [each for each in outcomes if each["code"]]
-    if not failed:
-        return 0, ""
-    first = min(failed, key=lambda each: float(each["time"]))
-    return first["code"], first["text"]
+class Outcome(NamedTuple):
+    """How a rank ended; `lost` if it only tells that others did. They compare as they came."""
+
+    lost: bool = False
+    time: float = 0.0
+    code: int = 0
+    text: str = ""
+
+
+def first_failure(attempt: Path) -> Outcome:
+    """Return the outcome of the rank that failed first of its own; code 0 if none has failed."""
+    outcomes = [Outcome(**json.loads(file.read_text())) for file in attempt.glob("*.json")]
+    return min((each for each in outcomes if each.code), default=Outcome())
+
+
+def silent_ranks(attempt: Path) -> list[int]:
+    """Return the ranks that have left no outcome: they were killed, or hung."""
+    return sorted(int((attempt / str(process)).read_text()) for process in running(attempt))
 
 
 def _watch(attempt: Path, launcher: int) -> None:
@@ -65,7 +84,7 @@ def _watch(attempt: Path, launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1)
         gone = not all(map(_exists, running(attempt)))
-        if gone or first_failure(attempt)[0] not in (0, _STOPPED):
+        if gone or first_failure(attempt).code not in (0, _STOPPED):
             time.sleep(5)
             break
     os._exit(1)

@@ -20,7 +20,8 @@ from mytune.errors import ConfigError, ResourceError, did_you_mean
 
 # Of mytune only what a config is made of: another function could be made to run or delete a file.
 _OUR_PACKAGES = tuple(
-    f"mytune.{name}." for name in ("models", "modules", "tokenizers", "datasets", "training")
+    f"mytune.{name}."
+    for name in ("models", "modules", "tokenizers", "datasets", "training", "quantization")
 )
 _OURS = (
     "models.*",
@@ -35,6 +36,7 @@ _OURS = (
     "training.*Logger",
     "training.*get_*_schedule_with_warmup",
     "training.*setup_torch_profiler",
+    "quantization.?*Quantizer",
 )
 _OTHERS = ["torch.optim", "torch.nn", "torchao", "bitsandbytes.optim"]
 _PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
@@ -193,7 +195,8 @@ def instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
         pass  # a function without a signature
     try:
         return target(*args, **arguments)
-    except (TypeError, ValueError) as error:  # of another library: a value that it does not take
+    except (TypeError, ValueError, AssertionError) as error:
+        # Of another library: a value that it does not take.
         if name.startswith("mytune."):
             raise
         raise ConfigError(f"{name}: {error}") from error

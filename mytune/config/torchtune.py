@@ -11,6 +11,13 @@ NAMES = {
     "torchtune.utils.": "mytune.training.",
     "torchtune.utils.quantization.": "mytune.quantization.",
     "torchtune.training.quantization.": "mytune.quantization.",
+    # What was trained for a quantizer is quantized by it.
+    "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer": (
+        "mytune.quantization.Int8DynActInt4WeightQuantizer"
+    ),
+    "torchtune.training.quantization.Int4WeightOnlyQATQuantizer": (
+        "mytune.quantization.Int4WeightOnlyQuantizer"
+    ),
     "torchtune.modules.get_cosine_schedule_with_warmup": (
         "mytune.training.get_cosine_schedule_with_warmup"
     ),
@@ -26,22 +33,13 @@ class Retired(NamedTuple):
     why: str
 
 
-_WHOLE = "every rank holds the whole model; nothing is sharded or offloaded yet"
+_BLOCKS = "each block is one unit of sharding, and the embedding, norm and head are another"
 
 RETIRED = {
     "low_cpu_ram": Retired(None, "weights are always memory-mapped"),
-    "custom_sharded_layers": Retired(None, _WHOLE),
-    "memory_efficient_fsdp_wrap": Retired(None, _WHOLE),
-    "optimizer_in_bwd": Retired(None, "it saves memory, never changes a result; not there yet"),
+    "custom_sharded_layers": Retired(None, _BLOCKS),
+    "memory_efficient_fsdp_wrap": Retired(None, _BLOCKS),
     "fsdp": Retired(None, "torchtune 0.6 ignores it too"),
-    "fsdp_cpu_offload": Retired(None, _WHOLE),
-    "fsdp_reshard_after_forward": Retired(None, _WHOLE),
-    "enable_async_checkpointing": Retired(
-        None, "it changes when a file is written, never what is in it"
-    ),
-    "activation_offloading_use_streams": Retired(None, "it changes speed, never a result"),
-    "ac_mode": Retired(None, "enable_activation_checkpointing decides"),
-    "ac_option": Retired(None, "enable_activation_checkpointing decides"),
     "collate_fn": Retired(
         (None, "mytune.datasets.padded_collate_sft"), "batches are made in one way"
     ),
@@ -49,12 +47,11 @@ RETIRED = {
     "tensor_parallel_plan": Retired(None, "there is no tensor parallelism"),
     "context_parallel_dim": Retired((1, None), "there is no context parallelism"),
     "context_parallel_rotate_method": Retired(None, "there is no context parallelism"),
-    "data_parallel_shard_dim": Retired((-1, None), _WHOLE),
-    "data_parallel_replicate_dim": Retired((1, None), _WHOLE),
     "enable_fp8_training": Retired((False, None), "there is no fp8 training"),
     "fp8_recipe_name": Retired(None, "there is no fp8 training"),
     "resize_token_embeddings": Retired((False, None), "the vocabulary keeps its size"),
     "quantizer": Retired((None,), "this recipe does not quantize"),
+    "seed": Retired(None, "this recipe draws nothing at random"),
     "fake_quant_after_n_steps": Retired((None,), "this recipe does not quantize"),
     "early_exit_loss": Retired((None,), "there is no early exit"),
     "layer_dropout": Retired((None,), "there is no layer dropout"),

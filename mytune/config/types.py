@@ -18,7 +18,7 @@ class _Default(dict[str, Any]):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
-def component(path: str, **arguments: Any) -> Component:
+def component(path: str, /, **arguments: Any) -> Component:
     """Return the component `path` with its arguments, as a default in a recipe's `Config`."""
     return _Default({KEY: path, **arguments})
 

@@ -29,6 +29,7 @@ _WHERE = {
     "count_targets": "loader",
     "grammar_dataset": "builders",
     "instruct_dataset": "builders",
+    "open_source": "sources",
     "samsum_dataset": "builders",
     "sft_dataset": "builders",
     "slimorca_dataset": "builders",

@@ -1,8 +1,31 @@
 """KV cache, sampling, the decoding loop, and linears packed for decoding on a CPU."""
 
-from mytune.generation.generate import check_prompt, generate
+from mytune.generation.generate import (
+    Decoding,
+    Memory,
+    Row,
+    check_prompt,
+    generate,
+    generate_batch,
+)
 from mytune.generation.kv_cache import KVCache
 from mytune.generation.packing import pack_linears
-from mytune.generation.sampling import check_sampling, sample
+from mytune.generation.sampling import Sampling, check_sampling, sample
+from mytune.generation.text import Completion, TextStream, complete
 
-__all__ = ["KVCache", "check_prompt", "check_sampling", "generate", "pack_linears", "sample"]
+__all__ = [
+    "Completion",
+    "Decoding",
+    "KVCache",
+    "Memory",
+    "Row",
+    "Sampling",
+    "TextStream",
+    "check_prompt",
+    "check_sampling",
+    "complete",
+    "generate",
+    "generate_batch",
+    "pack_linears",
+    "sample",
+]

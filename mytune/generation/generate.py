@@ -1,17 +1,19 @@
-"""The decoding loop: read the prompt in one pass, then one token after the other."""
+"""The decoding loop: read the prompts in one pass, then one token after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
-from itertools import takewhile
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from mytune.errors import ConfigError, NumericalError
 from mytune.generation.kv_cache import KVCache
-from mytune.generation.sampling import check_sampling, sample
+from mytune.generation.reading import CachedReader, Reader, StaticReader, UncachedReader
+from mytune.generation.sampling import Sampler, Sampling, check_sampling
 from mytune.modules.decoder import Decoder, DecoderConfig
 
 
@@ -31,78 +33,281 @@ def check_prompt(prompt_ids: Sequence[int], config: DecoderConfig) -> None:
         )
 
 
+class Memory:
+    """What one row's reader has read, kept from prompt to prompt: only what is new is read.
+
+    Args:
+        model: the decoder that reads.
+        length: positions of the longest prompt and its new tokens together.
+        compile: see `Decoding`.
+    """
+
+    def __init__(self, model: Decoder, length: int, compile: bool = False) -> None:
+        self.reader = _cached_reader(model, 1, length, None, compile)
+        self.length = length
+        self.ids: list[int] = []  # what has been read, and perhaps more: see `recall`
+
+    def recall(self, prompt_ids: Sequence[int]) -> int:
+        """Forget all that `prompt_ids` does not begin with; return how much of it is known."""
+        cache, known = self.reader.cache, 0
+        # The last token is read again: what follows it has to be known.
+        for ours, theirs in zip(self.ids[: cache.filled], prompt_ids[:-1], strict=False):
+            if ours != theirs:
+                break
+            known += 1
+        cache.filled, self.ids = known, list(prompt_ids)
+        return known
+
+
+@dataclass
+class Row:
+    """A row of a `Decoding`: what has come so far.
+
+    Attributes:
+        tokens: the new tokens, without a stop token.
+        logprobs: log-probability of each under the model alone, whatever the sampling.
+        left: how many tokens may still come; 0 once it has ended.
+        ended: why: "stop" for a stop token or on request, "length" for the last one allowed.
+    """
+
+    left: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: Literal["stop", "length"] = "length"
+
+
+class Decoding:
+    """Prompts that are continued together: iterate for each step's tokens.
+
+    A step is a list with every row's new token, None for rows that have ended: after
+    `max_new_tokens`, before a stop token, where the model's positions end, or when `stop` is
+    called. `rows` holds what has come so far. A step is computed when it is asked for.
+
+    Args:
+        model: its weights say device and dtype.
+        prompts: what is continued, each with its BOS token; read left-padded, in one pass.
+        max_new_tokens: at most this many tokens, for all rows or for each prompt.
+        num_samples: rows for each prompt, side by side; the prompt is read once.
+        stop_tokens: end a row; they are not part of it.
+        logprobs: keep each token's log-probability.
+        generator: of the model's device; the same seed gives the same tokens.
+        enable_kv_cache: keep keys and values; if not, every token reads the whole text again.
+        compile: compile the step for one token per row; takes a while, worth it for many steps.
+        memory: what is known of a single prompt, and is to be kept for the next one.
+        sampling: see `sample`; greedy if nothing is given.
+
+    Raises:
+        ConfigError: a prompt that does not fit the model, or impossible settings.
+        NumericalError: while iterating: logits that are not finite.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | Sequence[int],
+        num_samples: int = 1,
+        stop_tokens: Collection[int] = (),
+        logprobs: bool = False,
+        generator: torch.Generator | None = None,
+        enable_kv_cache: bool = True,
+        compile: bool = False,
+        memory: Memory | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> None:
+        for prompt in prompts:
+            check_prompt(prompt, model.config)
+        if memory and len(prompts) * num_samples != 1:
+            raise ConfigError("a memory is of one row: give it one prompt, and num_samples=1")
+        if memory and len(prompts[0]) >= memory.length:
+            raise ConfigError(
+                f"the prompt has {len(prompts[0])} tokens, which leaves no room for another one in "
+                f"the KV cache's {memory.length} positions"
+            )
+        check_sampling(**sampling)
+        positions = min(model.config.max_seq_len, memory.length if memory else sys.maxsize)
+        limits = _limits(prompts, max_new_tokens, positions)
+        if num_samples < 1:
+            raise ConfigError(f"num_samples is {num_samples}; it must be at least 1")
+        self.rows = [Row(limit) for limit in limits for _ in range(num_samples)]
+        self._stop_tokens, self._logprobs = frozenset(stop_tokens), logprobs
+        self._memory, self._samples = memory, num_samples
+        if not prompts:
+            return
+        device = model.embed_tokens.weight.device
+        known = memory.recall(prompts[0]) if memory else 0
+        self._tokens, pads = _left_padded([prompt[known:] for prompt in prompts], device)
+        repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+        self._choose = Sampler(repeated, model.config.vocab_size, device, generator, sampling)
+        if memory:
+            self._reader: Reader = memory.reader
+        elif enable_kv_cache:
+            length = self._tokens.shape[1] + max(limits)
+            self._reader = _cached_reader(model, len(prompts), length, pads, compile)
+        else:
+            self._reader = UncachedReader(model, pads)
+
+    def stop(self, row: int) -> None:
+        """End a row after the tokens that it has."""
+        if self.rows[row].left:
+            self.rows[row].left = 0
+            self.rows[row].ended = "stop"
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        if not any(row.left for row in self.rows):
+            return
+        for chosen, logits in _decode(self._reader, self._tokens, self._choose, self._samples):
+            logprobs = _logprobs(logits, chosen) if self._logprobs else [None] * len(self.rows)
+            step = [
+                self._take(row, token, logprob)
+                for row, (token, logprob) in enumerate(zip(chosen.tolist(), logprobs, strict=True))
+            ]
+            yield step
+            if not any(row.left for row in self.rows):
+                return
+
+    def _take(self, number: int, token: int, logprob: float | None) -> int | None:
+        """Add a token to a row; return None if it has ended."""
+        row = self.rows[number]
+        if row.left and token in self._stop_tokens:
+            self.stop(number)
+        if not row.left:
+            return None
+        row.left -= 1
+        row.tokens.append(token)
+        if logprob is not None:
+            row.logprobs.append(logprob)
+        if self._memory:
+            self._memory.ids.append(token)  # as soon as it is read, if it is
+        return token
+
+
 def generate(
     model: Decoder,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     stop_tokens: Collection[int] = (),
     generator: torch.Generator | None = None,
     enable_kv_cache: bool = True,
+    compile: bool = False,
+    memory: Memory | None = None,
+    **sampling: Unpack[Sampling],
 ) -> Iterator[int]:
     """Return an iterator over the tokens that continue a prompt, each made when it is asked for.
 
-    It ends after `max_new_tokens`, before a stop token, or where the model's positions end.
-
-    Args:
-        model: its weights say device and dtype.
-        prompt_ids: what is continued, with its BOS token.
-        max_new_tokens: at most this many tokens.
-        temperature, top_k, top_p: see `sample`; 0 is greedy.
-        stop_tokens: end the text; they are not part of it.
-        generator: of the model's device; the same seed gives the same tokens.
-        enable_kv_cache: keep keys and values; if not, every token reads the whole text again.
-
-    Raises:
-        ConfigError: a prompt that does not fit the model, or impossible sampling settings.
-        NumericalError: logits that are not finite.
+    It ends after `max_new_tokens`, before a stop token, or where the model's positions end. The
+    arguments, and what is raised, are those of `Decoding`.
     """
-    check_prompt(prompt_ids, model.config)
-    check_sampling(temperature, top_k, top_p)
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    tokens = torch.tensor([prompt_ids], device=model.embed_tokens.weight.device)
-    length = min(len(prompt_ids) + max_new_tokens, model.config.max_seq_len)
-    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    new_tokens = (int(token) for token in _decode(model, tokens, length, choose, enable_kv_cache))
-    return takewhile(lambda token: token not in stop_tokens, new_tokens)
+    decoding = Decoding(
+        model,
+        [prompt_ids],
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        generator=generator,
+        enable_kv_cache=enable_kv_cache,
+        compile=compile,
+        memory=memory,
+        **sampling,
+    )
+    return (token for step in decoding for token in step if token is not None)
 
 
-@torch.inference_mode()
-def _decode(
+def generate_batch(
     model: Decoder,
-    tokens: Tensor,
-    length: int,
-    choose: Callable[[Tensor], Tensor],
-    enable_kv_cache: bool,
-) -> Iterator[Tensor]:
-    """Yield every row's next token, [b], until the rows [b, s] would be `length` long.
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    num_samples: int = 1,
+    stop_tokens: Collection[int] = (),
+    generator: torch.Generator | None = None,
+    enable_kv_cache: bool = True,
+    compile: bool = False,
+    **sampling: Unpack[Sampling],
+) -> list[list[int]]:
+    """Return the new tokens of every prompt, `num_samples` lists for each, side by side.
 
-    `choose` makes tokens [b] of logits [b, vocab].
+    The arguments, and what is raised, are those of `Decoding`, which also tells log-probabilities
+    and lets its caller end rows.
     """
-    weight = model.embed_tokens.weight
-    cache = None
-    if enable_kv_cache:
-        cache = KVCache(
-            model.config,
-            batch_size=len(tokens),
-            length=length,
-            device=weight.device,
-            dtype=weight.dtype,
+    decoding = Decoding(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        stop_tokens=stop_tokens,
+        generator=generator,
+        enable_kv_cache=enable_kv_cache,
+        compile=compile,
+        **sampling,
+    )
+    for _ in decoding:
+        pass
+    return [row.tokens for row in decoding.rows]
+
+
+def _decode(
+    reader: Reader, tokens: Tensor, choose: Sampler, samples: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every row's next token [b] and the logits [b, vocab] it was chosen from, without end.
+
+    `tokens` [b, s] is what is not read yet. After them each row becomes `samples` rows.
+    """
+    logits = reader.read(tokens)
+    if not logits.isfinite().all():
+        raise NumericalError(
+            "the model's logits are not finite: its weights are damaged, or too large for dtype"
         )
-    positions = torch.arange(length, device=weight.device)[None]
-    unread = tokens
-    for end in range(tokens.shape[1], length):
-        where = positions[:, end - unread.shape[1] : end]
-        hidden = model(unread, where, cache=cache, output_hidden=True)
-        logits = model.head(hidden[:, -1])
-        if unread is tokens and not logits.isfinite().all():
-            raise NumericalError(
-                "the model's logits are not finite: its weights are damaged, or too large for dtype"
-            )
-        token = choose(logits)
-        yield token
-        unread = token[:, None] if cache else torch.cat((unread, token[:, None]), dim=1)
+    if samples > 1:
+        reader.repeat(samples)
+        logits = logits.repeat_interleave(samples, dim=0)
+    while True:
+        chosen = choose(logits)
+        yield chosen, logits
+        logits = reader.read(chosen[:, None])
+
+
+def _logprobs(logits: Tensor, chosen: Tensor) -> list[float]:
+    """Return the log-probabilities of chosen tokens [b] under logits [b, vocab]."""
+    return logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0].tolist()
+
+
+def _limits(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], positions: int
+) -> list[int]:
+    """Return how many new tokens each prompt may get."""
+    if isinstance(max_new_tokens, int):
+        max_new_tokens = [max_new_tokens] * len(prompts)
+    if least := [each for each in max_new_tokens if each < 1]:
+        raise ConfigError(f"max_new_tokens is {least[0]}; it must be at least 1")
+    pairs = zip(prompts, max_new_tokens, strict=True)
+    return [min(most, positions - len(prompt)) for prompt, most in pairs]
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Return prompts as [b, s], and how much padding each row begins with, [b], if any does."""
+    longest = max(map(len, prompts))
+    pads = [longest - len(prompt) for prompt in prompts]
+    rows = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+    return (
+        torch.tensor(rows, device=device),
+        torch.tensor(pads, device=device) if any(pads) else None,
+    )
+
+
+def _cached_reader(
+    model: Decoder, rows: int, length: int, pads: Tensor | None, compile: bool
+) -> CachedReader:
+    weight = model.embed_tokens.weight
+    static = compile or weight.is_cuda
+    if static:
+        length = -(-length // 256) * 256  # few lengths: each is compiled for itself
+    cache = KVCache(
+        model.config, batch_size=rows, length=length, device=weight.device, dtype=weight.dtype
+    )
+    if static:
+        return StaticReader(model, cache, pads, compile)
+    return CachedReader(model, cache, pads)

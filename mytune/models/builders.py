@@ -38,6 +38,7 @@ def lora_decoder(
     use_dora: bool = False,
     lora_modules: Sequence[str] = (),
     use_rslora: bool = False,
+    quantize_embeddings: bool = False,
 ) -> Decoder:
     """Build a decoder with LoRA adapters; everything else is frozen.
 
@@ -53,9 +54,10 @@ def lora_decoder(
         use_dora: learn magnitude and direction apart (DoRA).
         lora_modules: adapted linears by their last name, beside or instead of the three above.
         use_rslora: scale by alpha / sqrt(rank).
+        quantize_embeddings: hold the embedding and the head in NF4 too.
 
     Raises:
-        ConfigError: a module that the model does not have.
+        ConfigError: a module that the model does not have, or embeddings alone to quantize.
     """
     names = [*lora_attn_modules, *lora_modules]
     names += MLP_MODULES if apply_lora_to_mlp else ()
@@ -68,7 +70,13 @@ def lora_decoder(
     modules = tuple(dict.fromkeys(_OTHER_NAMES.get(name, name) for name in names))
     model = Decoder(config)
     if quantize_base:
-        apply_nf4(model)
+        kept = () if quantize_embeddings else ("lm_head",)
+        apply_nf4(model, skip=kept, embeddings=quantize_embeddings)
+    elif quantize_embeddings:
+        raise ConfigError(
+            "model: quantize_embeddings is True and quantize_base False; 4-bit embeddings come "
+            "with a 4-bit base: use a qlora_... builder, or set quantize_base: true"
+        )
     apply_lora(
         model, LoRAConfig(modules, lora_rank, lora_alpha, lora_dropout, use_dora, use_rslora)
     )

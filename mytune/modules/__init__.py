@@ -6,7 +6,6 @@ _WHERE = {
     "Decoder": "decoder",
     "DecoderConfig": "decoder",
     "RopeScaling": "decoder",
-    "document_mask": "decoder",
     "LoRAConfig": "lora",
     "LoRALinear": "lora",
     "adapter_config": "lora",
@@ -18,6 +17,8 @@ _WHERE = {
     "LinearCrossEntropyLoss": "loss",
     "linear_cross_entropy": "loss",
     "target_index": "loss",
+    "document_mask": "masks",
+    "packed_mask": "masks",
 }
 __all__ = list(_WHERE)
 __getattr__ = lazy_names(__name__, _WHERE)

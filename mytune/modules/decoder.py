@@ -12,8 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from mytune.modules.derived import Derived, normed, project, swiglu
+from mytune.modules.masks import Mask, attend_blocks
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Return a packed row's mask, bool [b, 1, s, s]: causal, and within a document [b, s] only."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same.tril()
-
-
 def _aligned_causal_mask(queries: int, keys: int, device: torch.device) -> Tensor | None:
     """Return the causal mask [s, t] of the last `queries` positions; one query sees all."""
     if queries == 1:
@@ -114,10 +110,12 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [b, h, s, e]
 
-    def forward(self, x: Derived, rope: Rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Derived, rope: Rope, mask: Mask | None, cache: Cache | None) -> Tensor:
         q = rotate(self._heads(project(self.q_proj, x)), rope)
         k = rotate(self._heads(project(self.k_proj, x)), rope)
         v = self._heads(project(self.v_proj, x))
+        if isinstance(mask, BlockMask):
+            return self.o_proj(attend_blocks(q, k, v, mask).transpose(1, 2).flatten(2))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
             if q.shape[2] == 1:
@@ -173,7 +171,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: Cache | None = None
+        self, x: Tensor, rope: Rope, mask: Mask | None = None, cache: Cache | None = None
     ) -> Tensor:
         x = x + self.attn(normed(self.attn_norm, x), rope, mask, cache)
         return x + self.mlp(normed(self.mlp_norm, x))
@@ -208,7 +206,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: Cache | None = None,
         output_hidden: bool = False,
     ) -> Tensor:
@@ -217,7 +215,8 @@ class Decoder(nn.Module):
         Args:
             tokens: ids [b, s].
             positions: [b, s]; 0, 1, 2, ... if not given.
-            mask: bool [b, 1, s, t], True where a query may look; causal if not given.
+            mask: bool [b, 1, s, t], True where a query may look, or what `packed_mask` makes;
+                causal if not given.
             cache: earlier keys and values; `positions` must then say where `tokens` stand.
             output_hidden: stop before the head, for losses that never hold all logits.
         """

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mytune._sharded import fill, whole
 from mytune.errors import CheckpointError, ConfigError, did_you_mean
 from mytune.modules.derived import Derived, dropped, product
 from mytune.quantization.nf4 import NF4Linear
+from mytune.quantization.tensors import is_quantized
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,14 @@ class _LoRA(nn.Module):
 
     def delta(self) -> Tensor:
         """Return scaling * B A in float32: [out, in]."""
-        return self.lora.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        return self.lora.scaling * (whole(self.lora_B.weight) @ whole(self.lora_A.weight))
 
     def merged_weight(self) -> Tensor:
         """Return a new weight [out, in] that does what weight and adapter do together."""
         weight = base_weight(self)
         merged = weight.float() + self.delta()
         if self.lora_magnitude_vector is not None:
-            merged *= (self.lora_magnitude_vector / merged.norm(dim=1))[:, None]
+            merged *= (whole(self.lora_magnitude_vector) / merged.norm(dim=1))[:, None]
         return merged.to(weight.dtype)
 
     def forward(self, x: Tensor | Derived) -> Tensor:
@@ -102,11 +104,12 @@ _ADAPTED: dict[type[nn.Module], type[_LoRA]] = {nn.Linear: LoRALinear, NF4Linear
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """Return the full-precision weight [out, in] of a linear, dequantized if need be."""
+    """Return the full-precision weight [out, in] of a linear, dequantized and gathered if so."""
     if isinstance(module, NF4Linear):
         return module.dequantize()
     assert isinstance(module.weight, Tensor)
-    return module.weight
+    weight = whole(module.weight)
+    return weight.dequantize() if is_quantized(weight) else weight
 
 
 def apply_lora(model: nn.Module, lora: LoRAConfig) -> None:
@@ -160,10 +163,10 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     for _, module in lora_modules(model):
         bound = 1 / math.sqrt(module.in_features)
         shape = (module.lora.rank, module.in_features)
-        module.lora_A.weight.copy_(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+        fill(module.lora_A.weight, torch.empty(shape).uniform_(-bound, bound, generator=generator))
         module.lora_B.weight.zero_()
         if module.lora_magnitude_vector is not None:
-            module.lora_magnitude_vector.copy_(base_weight(module).float().norm(dim=1))
+            fill(module.lora_magnitude_vector, base_weight(module).float().norm(dim=1))
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -216,7 +219,8 @@ def lora_config_from_peft(config: Mapping[str, Any]) -> LoRAConfig:
 class MergedWeights(Mapping[str, Tensor]):
     """A model's plain weights by name: adapters merged, 4-bit weights dequantized, one at a time.
 
-    A tensor is computed when it is read, so saving never holds a second model.
+    A tensor is computed when it is read, so saving never holds a second model. One that is sharded
+    is gathered then: all ranks must read the same names in the same order.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -229,7 +233,7 @@ class MergedWeights(Mapping[str, Tensor]):
             else:
                 for name, parameter in module.named_parameters(prefix, recurse=False):
                     if not is_adapter(name):
-                        self._tensors[name] = partial(Tensor.detach, parameter)
+                        self._tensors[name] = partial(whole, parameter.detach())
 
     def __getitem__(self, name: str) -> Tensor:
         with torch.no_grad():

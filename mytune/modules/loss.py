@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mytune.modules.decoder import Decoder, document_mask
+from mytune.errors import ConfigError
+from mytune.modules.decoder import Decoder
+from mytune.modules.masks import packed_mask
+from mytune.quantization.nf4 import NF4Embedding, NF4Linear
 
 IGNORE_INDEX = -100
 
@@ -20,7 +23,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(hidden W^T)[label]; both gradients are made in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Any, labels: Tensor, chunk: int) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         loss = hidden.new_zeros((), dtype=torch.float32)
         ctx.grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -29,18 +32,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
             picked = labels[rows, None]
-            logits = F.linear(hidden[rows], weight).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += (log_sum - logits.gather(-1, picked)).sum()
+            log_p = _logits(hidden[rows], weight).log_softmax(-1, dtype=torch.float32)
+            loss -= log_p.gather(-1, picked).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            grad = logits.sub_(log_sum).exp_()  # softmax, in place
+            grad = log_p.exp_()
             grad.scatter_add_(-1, picked, torch.full_like(grad[:, :1], -1.0))
             grad = grad.to(hidden.dtype)
             if needs_hidden:
-                torch.mm(grad, weight, out=ctx.grad_hidden[rows])
+                _grad_hidden(grad, weight, out=ctx.grad_hidden[rows])
             if needs_weight:
-                ctx.grad_weight += grad.T @ hidden[rows]
+                _add_product(ctx.grad_weight, grad.T, hidden[rows])
+            del log_p, grad  # before the next chunk's logits are made
         return loss
 
     @staticmethod
@@ -55,15 +58,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grads[0], grads[1], None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to a float32 total; without a product in between where that is float32, too."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _logits(hidden: Tensor, weight: Tensor | NF4Linear) -> Tensor:
+    """Return the logits [n, v]; of a 4-bit head only slices are dequantized at a time."""
+    if isinstance(weight, Tensor):
+        return F.linear(hidden, weight)
+    logits = hidden.new_empty(len(hidden), weight.out_features)
+    for outputs, part in weight.slices(hidden.dtype):
+        logits[:, outputs] = F.linear(hidden, part)
+    return logits
+
+
+def _grad_hidden(grad: Tensor, weight: Tensor | NF4Linear, out: Tensor) -> None:
+    """Write the gradient [n, d] of the hidden states, given that of the logits [n, v]."""
+    if isinstance(weight, Tensor):
+        torch.mm(grad, weight, out=out)
+        return
+    total = torch.zeros_like(out, dtype=torch.float32)
+    for outputs, part in weight.slices(grad.dtype):
+        total += grad[:, outputs] @ part
+    out.copy_(total)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor | NF4Linear, labels: Tensor, chunk: int
+) -> Tensor:
     """Return the summed cross entropy (float32, 0-d) of `hidden` [n, d] and a head [v, d].
 
     Args:
+        weight: the head's, or a frozen head in 4 bits.
         labels: [n], all of them valid ids.
         chunk: rows whose logits are held at a time.
     """
     if not torch.is_grad_enabled():  # inside, a weight that trains would ask for its gradient
-        hidden, weight = hidden.detach(), weight.detach()
+        hidden = hidden.detach()
+        weight = weight.detach() if isinstance(weight, Tensor) else weight
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
 
 
@@ -74,8 +110,11 @@ class LinearCrossEntropyLoss:
 
     Args:
         num_output_chunks: pieces to cut the trained rows into; else `chunk_size` decides.
-        ignore_index: label of a token that is not trained.
+        ignore_index: label of a token that is not trained; every dataset writes -100.
         chunk_size: trained rows whose logits are held at a time.
+
+    Raises:
+        ConfigError: another `ignore_index`: steps would be divided by another number of tokens.
     """
 
     def __init__(
@@ -84,25 +123,33 @@ class LinearCrossEntropyLoss:
         ignore_index: int = IGNORE_INDEX,
         chunk_size: int = 512,
     ) -> None:
+        if ignore_index != IGNORE_INDEX:
+            raise ConfigError(
+                f"loss.ignore_index is {ignore_index}; tokens that are not trained are labelled "
+                f"{IGNORE_INDEX} by every dataset: leave it out"
+            )
         self.num_output_chunks = num_output_chunks
-        self.ignore_index = ignore_index
         self.chunk_size = chunk_size
 
     def __call__(self, model: Decoder, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum (float32, 0-d) over labels that are not `ignore_index`.
+        """Return the sum (float32, 0-d) over labels that are not -100.
 
         Args:
             batch: `tokens` and `labels` [b, s], labels already shifted; for packed rows also
                 `positions` and `document_ids` [b, s]. `target_index` [n], the flat places of the
                 trained labels, spares the device a round trip.
         """
-        documents = batch.get("document_ids")
-        mask = None if documents is None else document_mask(documents)
+        documents, sizes = batch.get("document_ids"), model.config
+        mask = (
+            None
+            if documents is None
+            else packed_mask(documents, sizes.head_dim, sizes.attn_dropout)
+        )
         hidden = model(batch["tokens"], batch.get("positions"), mask, output_hidden=True)
         labels = batch["labels"].flatten()
         index = batch.get("target_index")
         if index is None:
-            index = target_index(labels, self.ignore_index)
+            index = target_index(labels)
         hidden, labels = hidden.flatten(0, 1)[index], labels[index]
         return self._loss(model, hidden, labels)
 
@@ -110,9 +157,11 @@ class LinearCrossEntropyLoss:
         chunk = self.chunk_size
         if self.num_output_chunks:
             chunk = max(1, math.ceil(len(labels) / self.num_output_chunks))
-        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        head: Any = model.embed_tokens if model.lm_head is None else model.lm_head
         if type(head) in (nn.Embedding, nn.Linear):
             return linear_cross_entropy(hidden, head.weight, labels, chunk)
+        if type(head) in (NF4Embedding, NF4Linear):
+            return linear_cross_entropy(hidden, head, labels, chunk)
         total = hidden.new_zeros((), dtype=torch.float32)  # a head with adapters: recompute instead
         for rows, picked in zip(hidden.split(chunk), labels.split(chunk), strict=True):
             total = total + checkpoint(_head_loss, model, rows, picked, use_reentrant=False)
@@ -123,6 +172,6 @@ def _head_loss(model: Decoder, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model.head(hidden).float(), labels, reduction="sum")
 
 
-def target_index(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def target_index(labels: Tensor) -> Tensor:
     """Return the flat places [n] of the labels that are trained."""
-    return (labels.flatten() != ignore_index).nonzero().squeeze(1)
+    return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)

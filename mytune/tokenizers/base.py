@@ -38,6 +38,7 @@ class ModelTokenizer(Protocol):
     stop_tokens: list[int]
     vocab_size: int
     max_seq_len: int | None
+    special_tokens: dict[str, int]
     fingerprint: str  # equal for two tokenizers only if they give equal ids
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:

@@ -47,6 +47,18 @@ def get_device(name: str) -> torch.device:
     return device
 
 
+def planned_device(name: str) -> torch.device:
+    """Return the device that `name` means, also where it is not: for plans.
+
+    Raises:
+        ConfigError: not a device's name.
+    """
+    try:
+        return get_device(name)
+    except ResourceError:
+        return torch.device(name)
+
+
 def _present() -> dict[str, int]:
     """Return the number of devices of each kind."""
     return {

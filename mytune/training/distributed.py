@@ -1,7 +1,4 @@
-"""Ranks as values: alone, a run is rank 0 of 1 and every collective is the identity.
-
-Every rank holds the whole model; gradients are summed over ranks once per optimizer step.
-"""
+"""Ranks as values: alone, a run is rank 0 of 1 and every collective is the identity."""
 
 from __future__ import annotations
 
@@ -9,14 +6,21 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+from mytune.errors import ConfigError, RanksLost
+
+# On a GPU the CPU's backend serves what is offloaded there.
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+_GLOOS_WORDS = ("gloo", "Application timeout")  # it raises plain RuntimeErrors
 Number = TypeVar("Number", float, Tensor)
+Object = TypeVar("Object")
 
 
 def rank() -> int:
@@ -29,14 +33,38 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def restarts() -> int:
+    """Return how often torchrun has started the ranks anew (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Iterator[None]:
-    """Join the other ranks for as long as the block lasts."""
+    """Join the other ranks for as long as the block lasts.
+
+    Args:
+        timeout_seconds: how long a rank waits for the others before the run ends.
+
+    Raises:
+        ConfigError: no time at all.
+        RanksLost: others died or did not answer in time.
+    """
+    if not timeout_seconds > 0:
+        raise ConfigError(f"distributed_timeout is {timeout_seconds}; it must be above 0 seconds")
     if world_size() == 1:
         yield
         return
     dist.init_process_group(_BACKENDS[device.type], timeout=timedelta(seconds=timeout_seconds))
-    yield  # after an error the other ranks are gone, and leaving in order would wait for them
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or any(w in str(error) for w in _GLOOS_WORDS)):
+            raise
+        raise RanksLost(
+            f"rank {rank()} lost the other ranks: one died, or did not answer for "
+            f"{timeout_seconds:g} s; a step that takes longer needs a larger distributed_timeout"
+        ) from error
+    # Not after an error: the other ranks are gone, and leaving in order would wait for them.
     dist.destroy_process_group()
 
 
@@ -52,15 +80,58 @@ def all_sum(value: Number, device: torch.device) -> Number:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every gradient by its sum over all ranks."""
+    """Replace every gradient of a parameter that is not sharded by its sum over all ranks."""
     if world_size() == 1:
         return
-    sums = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
-    for each in sums:
-        each.wait()
+    grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    for dtype in {grad.dtype for grad in grads}:
+        _sum_together([grad for grad in grads if grad.dtype == dtype])
+
+
+def _sum_together(tensors: list[Tensor], bucket_bytes: int = 2**28) -> None:
+    """Sum tensors of one dtype over all ranks, in place, in few and large messages."""
+    while tensors:
+        size, count = 0, 0
+        while count < len(tensors) and (not count or size < bucket_bytes):
+            size += tensors[count].nbytes
+            count += 1
+        bucket, tensors = tensors[:count], tensors[count:]
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in bucket])
+        torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
+
+
+def from_rank_0(value: str) -> str:
+    """Return what rank 0 gave."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def patient_barrier() -> None:
+    """Wait until every rank is here, for as long as one writes; a dead one ends the run anyway."""
+    if world_size() > 1:
+        dist.barrier(_patient_group())
+
+
+@cache
+def _patient_group() -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return group
+
+
+def gather_objects(value: Object) -> list[Object]:
+    """Return every rank's value, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -81,7 +82,8 @@ def _schedule(
         return after_warmup(min(1.0, (step - warmup) / max(1, total - warmup)))
 
     for group in optimizer.param_groups:  # torch asks for it where last_epoch is given
-        group.setdefault("initial_lr", group["lr"])
+        lr = group["lr"]  # where it is a tensor, it is changed in place
+        group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
     return LambdaLR(optimizer, factor, last_epoch)
 
 

@@ -1,58 +1,20 @@
-"""What happens to a model between its builder and its first step: recompute, compile, load."""
+"""What happens to a model between its builder and its first step: compile, load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
+from mytune._sharded import fill, local, own_rows, sharded_as
 from mytune.errors import CheckpointError
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import adapter_config, adapter_state, init_adapters, is_adapter
 from mytune.quantization.nf4 import NF4Linear
+from mytune.training.checkpointing.files import read_rows
 from mytune.training.checkpointing.peft import Adapter, check_adapter
-
-
-def checkpoint_activations(model: Decoder, enabled: bool = True) -> None:
-    """Make every block keep only its input and recompute the rest in the backward pass."""
-    if enabled:
-        for layer in model.layers:
-            layer.forward = _recomputed(layer.forward)
-
-
-def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # A function of our own: torch.compile skips a module whose forward is `checkpoint` itself.
-    def run(*args: Any) -> Tensor:
-        result: Tensor = checkpoint(forward, *args, use_reentrant=False)
-        return result
-
-    return run
-
-
-def offload_activations(model: nn.Module, enabled: bool) -> AbstractContextManager[object]:
-    """Return a context in which what the backward pass needs waits in the CPU's memory.
-
-    Weights stay where they are, also as the transposed views that products save.
-    """
-    if not enabled:
-        return nullcontext()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
-        if tensor.untyped_storage().data_ptr() in weights:
-            return tensor.device, tensor
-        return tensor.device, tensor.cpu()
-
-    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
-        device, tensor = packed
-        return tensor.to(device)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def compile_blocks(model: Decoder, enabled: bool = True) -> None:
@@ -69,17 +31,17 @@ def load_weights(
     """Move a checkpoint's weights into a model on the meta device, one tensor at a time.
 
     Mapped tensors that already have the right dtype and device are assigned, not copied. 4-bit
-    linears quantize their weight as it comes. Adapters are left for `load_adapters`.
+    linears quantize their weight as it comes. Of a sharded weight a rank reads its own rows only.
+    Adapters are left for `load_adapters`.
     """
     for prefix, module in model.named_modules():
         if isinstance(module, NF4Linear):
-            weight = weights[f"{prefix}.weight"]
-            module.quantize_(weight.to(device, dtype))
+            module.quantize_(weights[f"{prefix}.weight"], device, dtype)
             continue
         for name, parameter in list(module.named_parameters(prefix, recurse=False)):
             if not is_adapter(name):
-                leaf = name.rpartition(".")[2]
-                setattr(module, leaf, _like(parameter, weights[name].to(device, dtype)))
+                rows = read_rows(weights, name, own_rows(parameter)).to(device, dtype)
+                setattr(module, name.rpartition(".")[2], _like(parameter, rows))
 
 
 @torch.no_grad()
@@ -96,7 +58,8 @@ def load_adapters(
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(prefix, recurse=False)):
             if is_adapter(name):
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                shape = local(parameter).shape
+                empty = torch.empty(shape, dtype=parameter.dtype, device=device)
                 setattr(module, name.rpartition(".")[2], _like(parameter, empty))
     if adapter is None:
         init_adapters(model, seed)
@@ -105,7 +68,7 @@ def load_adapters(
     check_adapter(tensors, own)
     _check_scaling(config, adapter_config(model) or {})
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        fill(own[name], tensor)
 
 
 def _check_scaling(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -122,13 +85,9 @@ def _check_scaling(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         )
 
 
-def _like(parameter: nn.Parameter, tensor: Tensor) -> nn.Parameter:
-    """Return `tensor` as a Parameter that trains and is sharded as `parameter` is."""
-    if isinstance(parameter, DTensor):
-        tensor = distribute_tensor(
-            tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+def _like(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
+    """Return this rank's rows as a Parameter that trains and is sharded as `parameter` is."""
+    return nn.Parameter(sharded_as(parameter, rows), requires_grad=parameter.requires_grad)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

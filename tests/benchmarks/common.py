@@ -16,7 +16,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
-PACKAGES = ("torch", "transformers", "peft", "torchtune", "torchao", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "lm_eval", "torchtune", "torchao", "bitsandbytes")
 TORCHTUNE_PYTHON = os.environ.get("TORCHTUNE_PYTHON")
 NO_TORCHTUNE = (
     "torchtune was not measured: TORCHTUNE_PYTHON names no Python that has it "
@@ -125,15 +125,15 @@ def machine() -> Row:
     }
 
 
-def versions(python: str) -> dict[str, str]:
-    """Return the versions of the packages that a Python has."""
+def versions(python: str, packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of those of `packages` that a Python has."""
     script = (
         "import json; from importlib.metadata import distributions;"
         "print(json.dumps({d.name: d.version for d in distributions()}))"
     )
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
     installed: dict[str, str] = json.loads(done.stdout)
-    return {name: installed[name] for name in PACKAGES if name in installed}
+    return {name: installed[name] for name in packages if name in installed}
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mytune.errors import CheckpointError, ConfigError
-from mytune.training.checkpointing.optimizer import _placing, load_optimizer_state, optimizer_state
+from mytune.training.checkpointing.optimizer import _reader, load_optimizer_state, optimizer_state
 from mytune.training.checkpointing.safetensors_io import write_safetensors
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -113,6 +114,56 @@ def test_torchaos_8_bit_state_is_kept(tmp_path: Path) -> None:
     assert torch.equal(kept.codes, own.codes) and torch.equal(kept.qmap, own.qmap)
 
 
+class Offloading:
+    """What torchao's CPUOffloadOptimizer keeps: twins, each with an optimizer of its own."""
+
+    def __init__(self, parameters: Any) -> None:
+        first, *rest = parameters
+        self.param_d2h_map = {first: nn.Parameter(first.detach().clone())}
+        self.optim_dict = {p: torch.optim.AdamW([twin]) for p, twin in self.param_d2h_map.items()}
+        self.d_opt = torch.optim.AdamW(rest)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups = [group for each in self.optim_dict.values() for group in each.param_groups]
+        return self.d_opt.param_groups + groups
+
+    def zero_grad(self) -> None:
+        self.d_opt.zero_grad()
+        for parameter in self.param_d2h_map:
+            parameter.grad = None
+
+    def step(self, closure: Any) -> None:
+        closure()
+        self.d_opt.step()
+        for parameter, twin in self.param_d2h_map.items():
+            twin.grad = parameter.grad
+            self.optim_dict[parameter].step()
+            parameter.data.copy_(twin)
+
+
+def test_state_that_is_kept_on_the_cpu_is_found_and_resumed(tmp_path: Path) -> None:
+    resumed_equals_uninterrupted(Offloading, tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW", "Lion8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_bitsandbytes_state_is_kept(name: str, tmp_path: Path) -> None:
+    optim = pytest.importorskip("bitsandbytes.optim")
+    # Its states of 8 bits begin at 4096 numbers.
+    make = partial(getattr(optim, name), lr=1e-2, **({"min_8bit_size": 1} if "8" in name else {}))
+    resumed_equals_uninterrupted(make, tmp_path, torch.float32)
+
+
+def test_another_learning_rate_wins_also_where_it_is_a_tensor() -> None:
+    net = model()
+    make = partial(torch.optim.AdamW, list(net.parameters()))
+    saved = optimizer_state(net, make(lr=torch.tensor(0.01)))
+    fresh = make(lr=torch.tensor(0.02))
+    load_optimizer_state(net, fresh, *saved)
+    assert fresh.param_groups[0]["lr"] == torch.tensor(0.02)
+
+
 def test_a_checkpoint_cannot_name_other_classes() -> None:
     net = model()
     optimizer = torch.optim.SGD(net.parameters())
@@ -146,5 +197,5 @@ def test_state_that_cannot_be_stored_is_refused_by_name() -> None:
     [("exp_avg", {}, "meta"), ("step", {}, "cpu"), ("step", {"fused": True}, "meta")],
 )
 def test_state_goes_where_the_optimizer_wants_it(key: str, group: Any, device: str) -> None:
-    place = _placing(torch.empty(3, device="meta"), key, group)
-    assert place(torch.ones(3)).device.type == device
+    read = _reader({"saved": torch.ones(3)}, torch.empty(3, device="meta"), key, group)
+    assert read("saved").device.type == device

@@ -16,7 +16,7 @@ from mytune.config import check_components, read_config
 from mytune.errors import ConfigError, TuneError
 from tests.docs.pages import ROOT
 
-_SEPARATORS = {";", "&", "&&", "|", "||", "(", ")", "do", "then"}
+_SEPARATORS = {";", ">", "&", "&&", "|", "||", "(", ")", "do", "then"}
 _PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*")
 _EXTRAS = re.compile(r"^(\w+) = \[", re.MULTILINE)
 
@@ -99,6 +99,8 @@ class Checker:
             case "validate":
                 recipe = self._recipe(args.recipe) if args.recipe else None
                 return self._settings(recipe, args.config, args.overrides, args.allow_component)
+            case "chat":
+                return wrong_settings(registry.ROOT / "recipes" / "chat.py", None, args.overrides)
             case "run":
                 recipe = self._recipe(args.recipe)
                 return self._settings(recipe, args.config, args.overrides, args.allow_component)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -18,9 +20,35 @@ from mytune.training import (
     FullModelMetaCheckpointer,
     load_weights,
 )
+from tests.hf import tiny_llama
 
 # Weights so large that a random model's greedy text does not repeat itself.
 VARIED = {"initializer_range": 0.2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in Hugging Face's format, and a tokenizer of bytes and special tokens."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(vocab_size=512, **VARIED).save_pretrained(folder)
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter made by PEFT, large enough to change the text."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(tiny_llama(vocab_size=512, **VARIED), config)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(params=["hf", "meta"])

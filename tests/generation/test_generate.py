@@ -7,8 +7,7 @@ import torch
 
 from mytune.errors import ConfigError, NumericalError
 from mytune.generation import generate, pack_linears
-from mytune.generation.generate import _decode
-from mytune.generation.packing import PackedLinear
+from mytune.generation.packing import PackedLinear, TransposedLinear, _works
 from tests.generation.conftest import VARIED
 from tests.hf import twins
 
@@ -45,11 +44,26 @@ def test_greedy_equals_transformers(shape, packed):
     assert len(set(expected)) > 30
 
 
+def pack_for(capability, model, monkeypatch, dtype=torch.float32):
+    """Pack linears as for a CPU with AVX2 or AVX-512, and count the packed ones."""
+    if capability == "AVX512" and not _works(dtype):
+        pytest.skip(f"this CPU has no packed linears in {dtype}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    pack_linears(model)
+    return sum(isinstance(m, PackedLinear | TransposedLinear) for m in model.modules())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_linears_compute_the_same(dtype):
+@pytest.mark.parametrize(
+    ("capability", "count"),
+    [
+        ("AVX512", {torch.float32: 3 * 7 + 1, torch.bfloat16: 3 * 7 + 1}),
+        ("AVX2", {torch.float32: 3 * 2 + 1, torch.bfloat16: 0}),  # gate_proj, up_proj; the head
+    ],
+)
+def test_packed_linears_compute_the_same(capability, count, dtype, monkeypatch):
     plain, packed = (twins()[0].to(dtype) for _ in range(2))
-    pack_linears(packed)
-    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 3 * 7 + 1
+    assert pack_for(capability, packed, monkeypatch, dtype) == count[dtype]
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
         torch.testing.assert_close(
@@ -60,13 +74,12 @@ def test_packed_linears_compute_the_same(dtype):
         )
 
 
-def test_rows_of_a_batch_equal_one_by_one():
-    model, _ = twins(**VARIED)
-    prompts = [[1, 5, 9], [1, 80, 3]]
+def test_a_tied_head_is_packed_beside_the_embedding(monkeypatch):
+    plain, packed = (twins(tie_word_embeddings=True)[0] for _ in range(2))
+    assert pack_for("AVX2", packed, monkeypatch) == 3 * 2 + 1
+    tokens = torch.arange(20)[None]
     with torch.inference_mode():
-        steps = list(_decode(model, torch.tensor(prompts), 33, lambda x: x.argmax(-1), True))
-    for prompt, row in zip(prompts, torch.stack(steps, dim=1).tolist(), strict=True):
-        assert row == list(generate(model, prompt, max_new_tokens=30))
+        torch.testing.assert_close(packed(tokens), plain(tokens), rtol=0, atol=2e-6)
 
 
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 import mytune.generation
 from mytune.cli.main import main
-from mytune.generation import generate
+from mytune.generation import complete, generate
 from mytune.models import qlora_auto_model
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.tokenizers import Message
@@ -26,31 +26,6 @@ FIGURES = [
     r"Bandwidth achieved: \d+\.\d\d GB/s",
     r"Memory used: \d+\.\d\d GB",
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model in Hugging Face's format, and a tokenizer of bytes and special tokens."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama(vocab_size=512, **VARIED).save_pretrained(folder)
-    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
-    (folder / "tokenizer.model").write_text("".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter made by PEFT, large enough to change the text."""
-    folder = tmp_path_factory.mktemp("adapter")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
-    model = peft.get_peft_model(tiny_llama(vocab_size=512, **VARIED), config)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -188,7 +163,11 @@ def test_a_text_beyond_the_models_positions_is_announced(tune):
         (["prompt=7"], "must be a text, or a mapping"),
         (["prompt=" + "long " * 40], "201 tokens"),
         (["temperature=-1", "top_p=2"], "temperature is -1.*top_p is 2"),
-        (["quantizer={_component_: torch.nn.Identity}"], "quantizer is not supported"),
+        (["min_p=2", "repetition_penalty=0"], "min_p is 2.*repetition_penalty is 0"),
+        (["num_samples=0"], "num_samples is 0"),
+        (['stop=[""]'], "stop has an empty text"),
+        (["prompt_file=nowhere.jsonl"], "no such file"),
+        (["quantizer={_component_: torch.nn.Identity}"], "quantizer is a Identity"),
     ],
 )
 def test_what_is_wrong_is_said_before_weights_are_read(tune, overrides, message):
@@ -203,6 +182,129 @@ def test_adapters_without_a_checkpoint_are_an_error(tune):
     _, err = tune("prompt=Hi", lora, "model.lora_modules=[q_proj]", code=2)
     assert "checkpointer.adapter_checkpoint" in err
     assert "weights" not in err
+
+
+def rows_of(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def write_prompts(folder, *rows):
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def test_prompts_of_a_file_are_answered_in_batches(tune, base, tmp_path):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    rows = [
+        {"prompt": "Hello, my name is", "id": 7},
+        {"user": "Tell me a joke.", "system": "Be brief."},
+        {"prompt": {"user": "Hi"}},
+        {"messages": [*chat, {"role": "user", "content": "And now?"}]},
+        {"user": "Hi", "completion": "replaced"},
+    ]
+    file = write_prompts(tmp_path, *rows)
+    out, err = tune(f"prompt_file={file}", "batch_size=2")
+    tokenizer = llama3_tokenizer(base / "tokenizer.model")
+    model = tiny_llama(vocab_size=512, **VARIED)
+    asked = [
+        [Message("system", "Be brief."), Message("user", "Tell me a joke.")],
+        [Message("user", "Hi")],
+        [Message("user", "Hi"), Message("assistant", "Ho"), Message("user", "And now?")],
+        [Message("user", "Hi")],
+    ]
+    prompts = [tokenizer.encode("Hello, my name is", add_eos=False)]
+    prompts += [tokenizer.tokenize_messages(each, add_generation_prompt=True)[0] for each in asked]
+    texts = [text_by_transformers(model, tokenizer, ids) for ids in prompts]
+    assert [row.pop("completion") for row in rows_of(out)] == texts
+    assert [{**row, "completion": 0, "ended": 0} for row in rows] == [
+        {**row, "completion": 0, "ended": 0} for row in rows_of(out)
+    ]
+    assert re.fullmatch(FIGURES[0], err.splitlines()[-2])
+
+
+def test_samples_and_logprobs_come_as_json_lines(tune, base):
+    warm = ("prompt=Hello", "temperature=1.0", "num_samples=3", "logprobs=true")
+    rows = rows_of(tune(*warm)[0])
+    assert rows == rows_of(tune(*warm)[0])
+    assert [row["sample"] for row in rows] == [0, 1, 2]
+    assert len({row["completion"] for row in rows}) == 3
+    tokenizer = llama3_tokenizer(base / "tokenizer.model")
+    model = tiny_llama(vocab_size=512, **VARIED)
+    prompt = tokenizer.encode("Hello", add_eos=False)
+    for row in rows:
+        assert row["prompt"] == "Hello"
+        assert tokenizer.decode(row["tokens"]) == row["completion"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + row["tokens"]])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(row["tokens"])), row["tokens"]]
+        torch.testing.assert_close(torch.tensor(row["logprobs"]), expected, rtol=0, atol=1e-4)
+
+
+def test_a_stop_string_ends_the_text(tune):
+    whole = tune("prompt=Hello")[0].removeprefix("Hello")
+    stop = whole[len(whole) // 2 :][:2]
+    expected = whole.partition(stop)[0]
+    how = f"stop={json.dumps(['nowhere', stop])}"
+    assert tune("prompt=Hello", how)[0] == "Hello" + expected + "\n"
+    (row,) = rows_of(tune("prompt=Hello", how, "logprobs=true")[0])
+    assert (row["completion"], row["ended"]) == (expected, "stop")
+
+
+def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, tmp_path):
+    file = write_prompts(
+        tmp_path,
+        {"prompt": "fine"},
+        {"pormpt": "x"},
+        {"user": 7},
+        {"prompt": "long " * 40},
+        {"messages": [{"role": "assistant", "content": "Hi"}]},
+    )
+    with file.open("a") as more:
+        more.write("not json\n")
+    out, err = tune(f"prompt_file={file}", code=3)
+    assert (out, "weights" in err) == ("", False)
+    for row, why in [
+        (2, 'an object with "prompt"'),
+        (3, 'an object with "prompt"'),
+        (4, "201 tokens"),
+        (5, "assistant"),
+        (6, "not JSON"),
+    ]:
+        assert re.search(rf"{re.escape(str(file))}:{row}: .*{why}", err)
+    assert f"{file}:1:" not in err
+
+
+def test_ctrl_c_keeps_the_answers_of_whole_batches(tune, tmp_path, monkeypatch):
+    file = write_prompts(tmp_path, *({"prompt": text} for text in "abcde"))
+    whole, _ = tune(f"prompt_file={file}", "batch_size=2")
+    batches = []
+
+    def interrupted(*args, **kwargs):
+        batches.append(args)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return complete(*args, **kwargs)
+
+    monkeypatch.setattr(mytune.generation, "complete", interrupted)
+    out, err = tune(f"prompt_file={file}", "batch_size=2", code=130)
+    assert out.splitlines() == whole.splitlines()[:4]
+    assert re.fullmatch(FIGURES[2], err.splitlines()[-1])
+
+
+def test_one_bad_row_is_one_line(tune, tmp_path):
+    file = write_prompts(tmp_path, {"text": "x"})
+    _, err = tune(f"prompt_file={file}", code=3)
+    assert err.splitlines()[-1].startswith(f"error: {file}:1: ")
+    file.write_text("")
+    assert "has no rows" in tune(f"prompt_file={file}", code=3)[1]
+
+
+@pytest.mark.parametrize("key", ["adapter_checkpoint", "checkpoint_dir"])
+def test_a_missing_adapter_or_base_is_an_error_before_weights_are_read(tune, key):
+    _, err = tune("prompt=Hi", f"checkpointer.{key}=nowhere", code=2)
+    assert f"checkpointer.{key}: 'nowhere' does not exist" in err
+    assert "Reading" not in err
 
 
 @pytest.mark.data

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from mytune.errors import ConfigError
-from mytune.generation import check_sampling, sample
+from mytune.generation import check_sampling, generate, sample, sampling
+from tests.generation.conftest import VARIED
+from tests.hf import twins
 
 DRAWS = 20_000
 # Probabilities 0.4, 0.3, 0.2, 0.06, 0.04, not in order.
@@ -84,3 +93,80 @@ def test_impossible_settings_are_reported_together():
     check_sampling(2.5, 1, 1.0)
     with pytest.raises(ConfigError, match="temperature is nan"):
         check_sampling(float("nan"), None, None)
+
+
+def by_transformers(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty):
+    """Return the probabilities that transformers would draw from."""
+    steps = [
+        RepetitionPenaltyLogitsProcessor(float(repetition_penalty)),
+        TemperatureLogitsWarper(float(temperature)),
+        TopKLogitsWarper(top_k) if top_k else None,
+        TopPLogitsWarper(top_p) if top_p and top_p < 1 else None,
+        MinPLogitsWarper(min_p) if min_p else None,
+    ]
+    for step in filter(None, steps):
+        logits = step(seen, logits)
+    return logits.softmax(-1)
+
+
+def by_us(monkeypatch, logits, seen, **settings):
+    """Return the probabilities that `sample` draws from, in the order of the vocabulary."""
+    drawn_from = []
+
+    def keep(probabilities, generator):
+        drawn_from.append(probabilities)
+        return torch.zeros(len(probabilities), dtype=torch.long)
+
+    monkeypatch.setattr(sampling, "_draw", keep)
+    ranks = torch.zeros_like(logits, dtype=torch.bool).scatter(1, seen, True)
+    sample(logits, seen=ranks, **settings)
+    probabilities = drawn_from[0] / drawn_from[0].sum(-1, keepdim=True)
+    if settings["top_k"] is None and settings["top_p"] in (None, 1):
+        return probabilities
+    worse = settings["repetition_penalty"]
+    penalized = torch.where(ranks, torch.where(logits < 0, logits * worse, logits / worse), logits)
+    order = penalized.argsort(-1, descending=True)[:, : probabilities.shape[1]]
+    return torch.zeros_like(logits).scatter(1, order, probabilities)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.7])
+@pytest.mark.parametrize("top_k", [None, 12, 500])
+@pytest.mark.parametrize("top_p", [None, 0.5, 1.0])
+@pytest.mark.parametrize("min_p", [None, 0.05, 0.7])
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.4])
+def test_probabilities_are_those_of_transformers(
+    temperature, top_k, top_p, min_p, repetition_penalty, monkeypatch
+):
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 80, generator=draw) * 3
+    seen = torch.randint(0, 80, (6, 30), generator=draw)
+    settings = dict(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    expected = by_transformers(logits, seen, **settings)
+    ours = by_us(monkeypatch, logits, seen, **settings)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+    assert ((ours > 0) == (expected > 0)).all()
+
+
+def test_a_penalty_makes_a_greedy_text_what_transformers_makes_it():
+    ours, theirs = twins(**VARIED)
+    prompt = [1, 5, 77, 20, 9]
+    expected = theirs.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=80,
+        do_sample=False,
+        eos_token_id=None,
+        repetition_penalty=1.3,
+    )[0, len(prompt) :].tolist()
+    said = list(generate(ours, prompt, max_new_tokens=80, repetition_penalty=1.3))
+    assert said == expected != list(generate(ours, prompt, max_new_tokens=80))
+
+
+def test_the_first_draws_of_a_seed_do_not_depend_on_what_is_not_asked_for():
+    draws = [frequencies(temperature=1.0, **more).tolist() for more in ({}, {"min_p": 0.0})]
+    assert draws[0] == draws[1]

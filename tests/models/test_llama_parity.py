@@ -10,7 +10,8 @@ import torch
 from mytune.errors import CheckpointError, ConfigError
 from mytune.models import auto, llama3, llama3_1, llama3_2, llama3_3
 from mytune.models.auto import sizes_from_hf, sizes_from_meta
-from mytune.modules.decoder import document_mask, rope_frequencies
+from mytune.modules.decoder import rope_frequencies
+from mytune.modules.masks import document_mask
 from tests.hf import LLAMA31_ROPE, our_names, tiny_llama, twins
 
 SHAPES = {

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mytune.errors import ConfigError
 from mytune.models.llama3 import llama3, lora_llama3
 from mytune.modules.loss import LinearCrossEntropyLoss, linear_cross_entropy, target_index
+from mytune.training import LiveBytes
 
 SIZES = dict(vocab_size=97, num_layers=1, num_heads=2, num_kv_heads=1, embed_dim=32, max_seq_len=16)
 
@@ -94,6 +96,21 @@ def test_the_loss_of_bfloat16_is_summed_in_float32():
     loss = linear_cross_entropy(hidden, weight, labels, chunk=100)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_another_ignore_index_is_refused():
+    with pytest.raises(ConfigError, match=r"loss\.ignore_index is 0; .* labelled -100"):
+        LinearCrossEntropyLoss(ignore_index=0)
+
+
+def test_never_more_than_a_chunk_of_logits_is_held():
+    hidden = torch.randn(256, 32, requires_grad=True)
+    weight, labels = torch.randn(4096, 32), torch.randint(4096, (256,))
+    live = LiveBytes()
+    with live:
+        linear_cross_entropy(hidden, weight, labels, chunk=64).backward()
+    chunk = 64 * 4096 * 4
+    assert live.peak == pytest.approx(2 * chunk, rel=0.05)  # logits, and log softmax of them
 
 
 def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,25 +14,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mytune._sharded import whole
 from mytune.errors import CheckpointError, ConfigError, did_you_mean
-from mytune.modules.decoder import DecoderConfig
+from mytune.modules.decoder import Decoder, DecoderConfig
+from mytune.quantization.quantizers import describe_config, torchao_config
+from mytune.quantization.tensors import stored_bytes
 from mytune.training.checkpointing.companions import companion_files, companions
 from mytune.training.checkpointing.files import FileRecord, to_json, told_size
 from mytune.training.checkpointing.formats import HF, META, TORCHTUNE, Format
 from mytune.training.checkpointing.peft import Adapter, base_model_name, read_adapter, write_adapter
+from mytune.training.checkpointing.pieces import own_pieces, write_pieces
 from mytune.training.checkpointing.publish import (
     MANIFEST,
     Draft,
     prune,
-    publication,
+    publication_of_ranks,
     read_manifest,
     verify,
 )
-from mytune.training.checkpointing.resume import STATE, TENSORS, Published, latest
+from mytune.training.checkpointing.quantized import publish_quantized, read_quantized
+from mytune.training.checkpointing.resume import MODEL, OPTIMIZER, STATE, Published, latest
 from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
 from mytune.training.checkpointing.tokenizer_files import tokenizer_files
 from mytune.training.checkpointing.weights_io import Plan, plan_weights, write_weights
-from mytune.training.distributed import barrier, rank
+from mytune.training.distributed import from_rank_0, patient_barrier, rank
 from mytune.training.run_dir import check_disk_space
 
 log = logging.getLogger("mytune")
@@ -82,6 +89,8 @@ class _Checkpointer:
         self._keep = keep_last_n_checkpoints
         self._recipe_checkpoint = recipe_checkpoint
         self._adapter_checkpoint = adapter_checkpoint
+        self._background = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
         paths = find_files(self.format, self.checkpoint_dir, checkpoint_files, self._output_dir)
         self.source = Source(self.format, paths)
         self.source_dir = paths[0].parent
@@ -105,6 +114,41 @@ class _Checkpointer:
         where = (told_size(size), self.format.name, self.source_dir)
         log.info("Reading %s of %s weights from %s", *where)
         return self.source.weights(config)
+
+    def quantized_weights(
+        self, config: DecoderConfig, device: torch.device
+    ) -> dict[str, Tensor] | None:
+        """Return the weights of a checkpoint that torchao quantized; None if it is not one.
+
+        Raises:
+            CheckpointError: they do not fit the model, or are damaged.
+            ResourceError: they are laid out for another device.
+        """
+        if not self.source.is_quantized:
+            return None
+        log.info("Reading quantized weights from %s", self.source_dir)
+        files = [file for group in self.source.groups for file in group.files]
+        return read_quantized(files, config, device)
+
+    def save_quantized(self, target: Path, model: Decoder, quantizer: Any) -> None:
+        """Publish a model whose linears `quantizer` has quantized, for inference.
+
+        It is in Hugging Face's layout whatever the checkpoint is in: `FullModelHFCheckpointer`
+        reads it.
+
+        Args:
+            target: the directory to make; one that is there is replaced when the new one verifies.
+            quantizer: a quantizer of mytune's or a config of torchao's.
+
+        Raises:
+            ResourceError: the disk is full, read-only or faulty.
+            NumericalError: a weight or scale is not finite.
+        """
+        size = sum(stored_bytes(parameter) for parameter in model.parameters())
+        check_disk_space(target.parent, size)
+        config = torchao_config(quantizer, model.embed_tokens.weight.device)
+        publish_quantized(target, model, describe_config(config), self.source_dir)
+        log.info("Model checkpoint of size %s saved to %s", told_size(size), target)
 
     def load_checkpoint(self) -> dict[str, dict[str, Tensor]]:
         """Return `{"model": weights}`; the sizes come from the config.json or params.json there."""
@@ -150,12 +194,15 @@ class _Checkpointer:
         adapter: Mapping[str, Tensor] | None = None,
         adapter_config: Mapping[str, Any] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
+        trained: Mapping[str, Tensor] | None = None,
         state: Mapping[str, Any] | None = None,
         run: Mapping[str, Any] | None = None,
+        background: bool = False,
     ) -> Path:
         """Publish `output_dir / name` atomically, read it back, then drop what is too old.
 
-        Rank 0 does it, the others wait.
+        All ranks call it. Rank 0 writes the weights, gathered one at a time where they are
+        sharded; of `tensors` and `trained` every rank writes the rows it holds.
 
         Args:
             name: `epoch_N` or `step_N`.
@@ -164,45 +211,80 @@ class _Checkpointer:
             weights: the whole model's by our names, adapters merged; None to save adapters alone.
             config: the model's, needed with `weights`.
             tensors, state: what the recipe needs to go on.
+            trained: the model's own parameters, for resuming where `weights` are not saved.
             run: what else the manifest says: samples_seen, world_size, config_hash, fingerprints.
+            background: return when `tensors`, `trained` and the adapter are copied; what goes
+                wrong later is raised by the next `save` or by `finish`.
 
         Raises:
             ResourceError: the disk is full, read-only or faulty.
             NumericalError: a weight is not finite.
         """
+        self.finish()
         target = self.output_dir / name
-        if rank() == 0 and _is_same(target, step, run):
+        if from_rank_0("same" if rank() == 0 and _is_same(target, step, run) else ""):
             log.info("%s is already published", target)
-        elif rank() == 0:
-            plan = None if weights is None else self.plan(_given(config), dtype)
-            held = sum(t.nbytes for part in (adapter, tensors) for t in (part or {}).values())
+            return target
+        plan = None if weights is None else self.plan(_given(config), dtype)
+        parts = [part for part in (adapter, tensors, trained) if part]
+        held = sum(tensor.nbytes for part in parts for tensor in part.values())
+        facts = {
+            "step": step,
+            "format": self.format.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "run": dict(run or {}),
+        }
+        if rank() == 0:
             check_disk_space(self.output_dir, held + (plan.nbytes if plan else 0))
-            facts = {
-                "step": step,
-                "format": self.format.name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "run": dict(run or {}),
-            }
-            with publication(self.output_dir, name, facts) as draft:
-                if plan and weights is not None:
-                    self._add_model(draft, plan, weights)
-                if adapter and adapter_config:
-                    write_adapter(draft, adapter, adapter_config, base_model_name(self.source_dir))
-                if tensors:
-                    draft.add_tensors(TENSORS, tensors)
-                if state is not None:
+        with ExitStack() as stack:
+            draft = stack.enter_context(publication_of_ranks(self.output_dir, name, facts))
+            if plan and weights is not None:
+                self._add_model(draft, plan, weights)
+            if adapter and adapter_config:
+                self._add_adapter(draft, adapter, adapter_config)
+            stems = {OPTIMIZER: tensors, MODEL: trained}
+            pieces = {s: own_pieces(t, copy=background) for s, t in stems.items() if t}
+            publishing = stack.pop_all()
+
+        def write() -> None:
+            with publishing:
+                for stem, each in pieces.items():
+                    write_pieces(draft, stem, each)
+                if state is not None and rank() == 0:
                     draft.add_bytes(STATE, to_json(state))
-            _report(target, draft.records)
-            if self._keep:
-                prune(self.output_dir, self._keep, target)
-        barrier()
+            if rank() == 0:
+                _report(target, draft.records)
+                if self._keep:
+                    prune(self.output_dir, self._keep, target)
+
+        self._pending = self._background.submit(write)
+        if not background:
+            self.finish()
+            patient_barrier()
         return target
 
+    def finish(self) -> None:
+        """Wait for what is being written in the background; raise what went wrong there."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
     def _add_model(self, draft: Draft, plan: Plan, weights: Mapping[str, Tensor]) -> None:
+        if rank() != 0:
+            for name in plan.read:  # gathering takes all ranks
+                weights[name]
+            return
         write_weights(draft, plan, weights)
         copied = companions(self.source_dir, plan.dtype)
         for name, content in chain(copied, tokenizer_files(self.source_dir)):
             draft.add_bytes(name, content)
+
+    def _add_adapter(
+        self, draft: Draft, adapter: Mapping[str, Tensor], settings: Mapping[str, Any]
+    ) -> None:
+        gathered = {name: whole(tensor.detach()) for name, tensor in adapter.items()}
+        if rank() == 0:
+            write_adapter(draft, gathered, settings, base_model_name(self.source_dir))
 
 
 def _check(model_type: str | None, safe_serialization: bool, keep: int | None) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -57,6 +58,60 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.specs)
+
+
+def read_rows(tensors: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:
+    """Read some rows of a tensor; what is mapped, or in pieces, is not read beyond them."""
+    if isinstance(tensors, PiecewiseFiles):
+        return tensors.rows(name, rows)
+    tensor = tensors[name]
+    return tensor if rows == slice(None) else tensor[rows]
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Return a tensor's shape; it is read only where the mapping does not know."""
+    if isinstance(tensors, PiecewiseFiles):
+        return tensors.shape(name)
+    return tuple(tensors[name].shape)
+
+
+class PiecewiseFiles(Mapping[str, Tensor]):
+    """Files that hold the rows of tensors one after the other, as one mapping of whole tensors."""
+
+    def __init__(self, files: Sequence[TensorFile]) -> None:
+        self._pieces: dict[str, list[TensorFile]] = {}
+        for file in files:
+            for name in file:
+                self._pieces.setdefault(name, []).append(file)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
+        shapes = [piece.specs[name].shape for piece in self._pieces[name]]
+        return shapes[0] if len(shapes) == 1 else (sum(s[0] for s in shapes), *shapes[0][1:])
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Read rows of a tensor from the files that hold them."""
+        pieces = self._pieces[name]
+        if len(pieces) == 1:
+            return read_rows(pieces[0], name, rows)
+        lengths = [piece.specs[name].shape[0] for piece in pieces]
+        start, stop, _ = rows.indices(sum(lengths))
+        ends = list(accumulate(lengths))
+        parts = [
+            piece[name][max(start - end + length, 0) : stop - end + length]
+            for piece, length, end in zip(pieces, lengths, ends, strict=True)
+            if start < end and stop > end - length
+        ]
+        return torch.cat(parts) if parts else pieces[0][name][:0]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.rows(name, slice(None))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
 
 
 def inside(directory: Path, name: str) -> Path:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from mytune._sharded import own_rows, sharded_as
 from mytune.errors import CheckpointError, ConfigError
+from mytune.training.checkpointing.files import read_rows, shape_of
 
 log = logging.getLogger("mytune")
 
@@ -34,7 +36,8 @@ def optimizer_state(
     Raises:
         ConfigError: the optimizer keeps something that cannot be stored.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    owned = _owned(model, optimizer)
+    names = {parameter: name for name, (parameter, _) in owned.items()}
     tensors: dict[str, Tensor] = {}
     groups = [
         {
@@ -48,9 +51,9 @@ def optimizer_state(
         for i, group in enumerate(optimizer.param_groups)
     ]
     state = {
-        name: _encode(optimizer.state[parameter], f"optimizer/{name}", tensors)
-        for parameter, name in names.items()
-        if parameter in optimizer.state
+        name: _encode(states[parameter], f"optimizer/{name}", tensors)
+        for name, (parameter, states) in owned.items()
+        if parameter in states
     }
     return tensors, {"class": _class_name(optimizer), "groups": groups, "state": state}
 
@@ -63,18 +66,39 @@ def load_optimizer_state(
     Raises:
         CheckpointError: it was saved by another optimizer, or for other parameters.
     """
-    parameters = dict(model.named_parameters())
-    names = {parameter: name for name, parameter in parameters.items()}
+    owned = _owned(model, optimizer)
+    names = {parameter: name for name, (parameter, _) in owned.items()}
     own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     _demand_same(own, optimizer, said)
     for group, saved in zip(optimizer.param_groups, said["groups"], strict=True):
-        settings = {k: _decode(v, tensors, Tensor.clone) for k, v in saved["settings"].items()}
+        settings = {
+            key: _decode(value, lambda path: tensors[path].clone())
+            for key, value in saved["settings"].items()
+        }
         _take_settings(group, settings)
         for name in set(saved["params"]) & said["state"].keys():
-            optimizer.state[parameters[name]] = {
-                key: _decode(value, tensors, _placing(parameters[name], key, group))
+            parameter, states = owned[name]
+            states[parameter] = {
+                key: _decode(value, _reader(tensors, parameter, key, group, optimizer))
                 for key, value in said["state"][name].items()
             }
+
+
+def _owned(
+    model: nn.Module, optimizer: Any
+) -> dict[str, tuple[Tensor, MutableMapping[Tensor, Any]]]:
+    """Return what is optimized under each name, and where its state is kept.
+
+    torchao's CPUOffloadOptimizer optimizes twins on the CPU, each with an optimizer of its own.
+    """
+    twins = getattr(optimizer, "param_d2h_map", {})
+    rest = getattr(optimizer, "d_opt", optimizer)
+    return {
+        name: (twins[p], optimizer.optim_dict[p].state)
+        if p in twins
+        else (p, rest.state if rest else {})
+        for name, p in model.named_parameters()
+    }
 
 
 def _take_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
@@ -83,9 +107,10 @@ def _take_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
     group.update(saved)
     for key, now in fresh.items():
         was = saved.get("initial_lr", saved[key]) if key == "lr" else saved[key]
-        if isinstance(was, Tensor) or was == now:
+        if was == now:
             continue
-        log.warning("optimizer.%s was %s in the checkpoint and is %s now", key, was, now)
+        values = [v.item() if isinstance(v, Tensor) else v for v in (was, now)]
+        log.warning("optimizer.%s was %s in the checkpoint and is %s now", key, *values)
         group[key] = now
         if key == "lr" and "initial_lr" in saved:
             group.update(initial_lr=now, lr=saved["lr"] / was * now if was else now)
@@ -107,22 +132,35 @@ def _demand_same(own: list[list[str]], optimizer: Optimizer, said: Mapping[str, 
         )
 
 
-def _placing(parameter: Tensor, key: str, group: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Return what moves a saved tensor to where the optimizer wants it.
+Reader = Callable[[str], Tensor]
+
+
+def _reader(
+    tensors: Mapping[str, Tensor],
+    parameter: Tensor,
+    key: str,
+    group: Mapping[str, Any],
+    optimizer: Any = None,
+) -> Reader:
+    """Return what reads a saved tensor to where the optimizer wants it, sharded as its parameter.
 
     The copy lets go of the checkpoint's file. Step counters live on the CPU unless the
-    implementation needs them on the device.
+    implementation needs them on the device; bitsandbytes' paged states in memory that it makes.
     """
     on_device = key != "step" or group.get("capturable") or group.get("fused")
     device = parameter.device if on_device else torch.device("cpu")
 
-    def place(tensor: Tensor) -> Tensor:
-        if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
-            mesh, placements = parameter.device_mesh, parameter.placements
-            return distribute_tensor(tensor.to(device), mesh, placements, src_data_rank=None)
+    def read(path: str) -> Tensor:
+        if isinstance(parameter, DTensor) and shape_of(tensors, path) == parameter.shape:
+            rows = read_rows(tensors, path, own_rows(parameter))
+            return sharded_as(parameter, rows.to(device, copy=True))
+        tensor = tensors[path]
+        if getattr(optimizer, "is_paged", False) and key in ("state1", "state2"):
+            paged: Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)
+            return paged.copy_(tensor)
         return tensor.to(device, copy=True)
 
-    return place
+    return read
 
 
 def _class_name(value: object) -> str:
@@ -157,25 +195,25 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _decode(value: Any, tensors: Mapping[str, Tensor], place: Callable[[Tensor], Tensor]) -> Any:
+def _decode(value: Any, read: Reader) -> Any:
     """The inverse of `_encode`."""
     if not isinstance(value, Mapping):
         return value
     match value:
         case {"tensor": str(path), **rest} if not rest:
-            return place(tensors[path])
+            return read(path)
         case {"dtype": str(name), **rest} if not rest:
             return torch.empty(0, dtype=getattr(torch, name)).dtype
         case {"list": list(items), **rest} if not rest:
-            return [_decode(item, tensors, place) for item in items]
+            return [_decode(item, read) for item in items]
         case {"tuple": list(items), **rest} if not rest:
-            return tuple(_decode(item, tensors, place) for item in items)
+            return tuple(_decode(item, read) for item in items)
         case {"class": name, "parts": parts, "attributes": attributes}:
             return _tensor_class(name).__tensor_unflatten__(  # type: ignore[attr-defined]
-                {key: _decode(part, tensors, place) for key, part in parts.items()},
-                _decode(attributes, tensors, place),
+                {key: _decode(part, read) for key, part in parts.items()},
+                _decode(attributes, read),
             )
-    return {key: _decode(item, tensors, place) for key, item in value.items()}
+    return {key: _decode(item, read) for key, item in value.items()}
 
 
 def _tensor_class(name: str) -> type[Tensor]:

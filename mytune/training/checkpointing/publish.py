@@ -35,13 +35,14 @@ from mytune.training.checkpointing.files import (
     to_json,
 )
 from mytune.training.checkpointing.safetensors_io import write_safetensors
+from mytune.training.distributed import from_rank_0, rank
 
 log = logging.getLogger("mytune")
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"(epoch|step)_\d+")
-_LEFTOVER = re.compile(r"((?:epoch|step)_\d+)\.(tmp|old|del)-[0-9a-f]{32}")
+_LEFTOVER = re.compile(r"((?:epoch|step)_\d+|quantized)\.(tmp|old|del)-[0-9a-f]{32}")
 
 
 class Draft:
@@ -67,9 +68,11 @@ class Draft:
             file.discard()
             raise
 
-    def add_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def add_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Write a safetensors file, one tensor at a time."""
-        self.records[name] = write_safetensors(self.target(name), tensors)
+        self.records[name] = write_safetensors(self.target(name), tensors, metadata)
 
 
 @contextmanager
@@ -97,6 +100,17 @@ def publication(output_dir: Path, name: str, facts: Mapping[str, Any]) -> Iterat
         ) from error
     finally:
         shutil.rmtree(draft.path, ignore_errors=True)
+
+
+@contextmanager
+def publication_of_ranks(output_dir: Path, name: str, facts: Mapping[str, Any]) -> Iterator[Draft]:
+    """Give all ranks the same draft to fill; rank 0, the last to leave, publishes it."""
+    if rank() == 0:
+        with publication(output_dir, name, facts) as draft:
+            from_rank_0(draft.path.name)
+            yield draft
+    else:
+        yield Draft(output_dir / from_rank_0(""))
 
 
 def _manifest(

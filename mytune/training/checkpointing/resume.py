@@ -13,16 +13,17 @@ from torch import Tensor
 
 from mytune.errors import CheckpointError
 from mytune.modules.decoder import DecoderConfig
-from mytune.training.checkpointing.files import inside, read_json
+from mytune.training.checkpointing.files import PiecewiseFiles, inside, read_json
 from mytune.training.checkpointing.formats import FORMATS
 from mytune.training.checkpointing.peft import Adapter, read_adapter
+from mytune.training.checkpointing.pieces import open_pieces
 from mytune.training.checkpointing.publish import candidates, read_manifest, verify
-from mytune.training.checkpointing.safetensors_io import SafetensorsFile
 from mytune.training.checkpointing.source import Source, find_files
 
 log = logging.getLogger("mytune")
 
-STATE, TENSORS = "recipe_state/state.json", "recipe_state/optimizer.safetensors"
+STATE = "recipe_state/state.json"
+OPTIMIZER, MODEL = "recipe_state/optimizer", "recipe_state/model"  # whole, or in pieces of ranks
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ class Published:
         return read_json(inside(self.path, STATE))
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the tensors that the recipe gave to `save`; each is read when asked for."""
-        if TENSORS not in self.manifest["files"]:
-            return {}
-        return SafetensorsFile(inside(self.path, TENSORS))
+        """Return the optimizer's tensors that `save` was given; each is read when asked for."""
+        return PiecewiseFiles(open_pieces(self.path, self.manifest["files"], OPTIMIZER))
 
     def weights(self, config: DecoderConfig) -> Mapping[str, Tensor]:
         """Return the weights by our names; with adapters, these are merged into them."""
+        if trained := open_pieces(self.path, self.manifest["files"], MODEL):
+            return PiecewiseFiles(trained)
         fmt = next(fmt for fmt in FORMATS if fmt.name == self.manifest["format"])
         return Source(fmt, find_files(fmt, self.path, None)).weights(config)
 

@@ -56,6 +56,7 @@ class SafetensorsFile(TensorFile):
                 name: TensorSpec(_DTYPES[part.get_dtype()], tuple(part.get_shape()))
                 for name, part in slices.items()
             }
+            self.metadata: dict[str, str] = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a usable safetensors file: {error}") from error
         except KeyError as error:
@@ -71,9 +72,14 @@ class SafetensorsFile(TensorFile):
 class SafetensorsWriter(TensorWriter):
     """Writes the bytes that `safetensors.torch.save_file` would write."""
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(path, specs)
-        self.file.write(_header(specs, self.order))
+        self.file.write(_header(specs, self.order, metadata or {}))
 
     @staticmethod
     def order_of(specs: Mapping[str, TensorSpec]) -> list[str]:
@@ -83,8 +89,10 @@ class SafetensorsWriter(TensorWriter):
         self.file.write(data)
 
 
-def _header(specs: Mapping[str, TensorSpec], order: list[str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(
+    specs: Mapping[str, TensorSpec], order: list[str], metadata: Mapping[str, str]
+) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in order:
         spec = specs[name]
@@ -99,10 +107,12 @@ def _header(specs: Mapping[str, TensorSpec], order: list[str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> FileRecord:
     """Write a whole mapping; each tensor is asked for twice: for its shape, and to be written."""
     specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    with SafetensorsWriter(path, specs) as writer:
+    with SafetensorsWriter(path, specs, metadata) as writer:
         for name in writer.order:
             writer.add(tensors[name])
     return writer.record

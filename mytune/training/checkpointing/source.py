@@ -16,6 +16,7 @@ from mytune.modules.decoder import DecoderConfig
 from mytune.training.checkpointing.files import TensorFile, TensorSpec, inside, read_json
 from mytune.training.checkpointing.formats import FORMATS, Format, parameter_shapes
 from mytune.training.checkpointing.pickle_io import PickledFile
+from mytune.training.checkpointing.quantized import is_quantized_file
 from mytune.training.checkpointing.safetensors_io import SafetensorsFile
 
 _OPEN: Mapping[str, type[PickledFile] | type[SafetensorsFile]] = {
@@ -187,12 +188,23 @@ class Source:
             )
         return [Group(tuple(files))]
 
+    @property
+    def is_quantized(self) -> bool:
+        """Say whether the files hold weights that torchao quantized: to be used, not trained."""
+        return any(is_quantized_file(file) for group in self.groups for file in group.files)
+
     def entries(self, config: DecoderConfig) -> list[list[Entry]]:
         """Return what each group holds, in the order of its files.
 
         Raises:
             CheckpointError: missing, unknown or different tensors; up to `_SHOWN` are named.
         """
+        if self.is_quantized:
+            raise CheckpointError(
+                f"{self.paths[0].parent} holds a quantized model, and mytune trains and quantizes "
+                "unquantized checkpoints: name the one that it was made from in "
+                "checkpointer.checkpoint_dir"
+            )
         shapes = parameter_shapes(config)
         # A file may hold a tied head all the same: it must then equal the embedding.
         allowed = {**shapes, HEAD: shapes[EMBEDDING]}

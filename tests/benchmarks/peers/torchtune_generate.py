@@ -1,4 +1,4 @@
-"""Greedy generation by torchtune, as its recipe does it with a KV cache: one text per turn."""
+"""Greedy generation by torchtune, as its recipe does it with a KV cache: one batch per turn."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ def main(settings: dict) -> None:
     with training.set_default_dtype(dtype):
         model = llama3(**settings["shape"]).eval()
     model.load_state_dict(checkpointer.load_checkpoint()[training.MODEL_KEY])
-    prompt, new_tokens = torch.tensor(settings["prompt"]), settings["new_tokens"]
-    model.setup_caches(1, dtype, decoder_max_seq_len=len(prompt) + new_tokens)
+    prompts, new_tokens = torch.tensor(settings["prompts"]), settings["new_tokens"]
+    rows, length = prompts.shape
+    model.setup_caches(rows, dtype, decoder_max_seq_len=length + new_tokens)
     turns = Turns()
-    ids: list[int] = []
+    ids: list[list[int]] = []
     while True:
         turns.end(ids=ids)
         model.reset_caches()
         with torch.inference_mode():
             out, _ = generation.generate(
-                model, prompt, max_generated_tokens=new_tokens, temperature=0.0
+                model, prompts, max_generated_tokens=new_tokens, temperature=0.0
             )
-        ids = out[0, len(prompt) :].tolist()
+        ids = out[:, length:].tolist()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Greedy generation by transformers: one text per turn."""
+"""Greedy generation by transformers: one batch per turn."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def main(settings: dict) -> None:
     dtype = getattr(torch, settings["dtype"])
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype).eval()
     model.generation_config.eos_token_id = None  # all generate as many
-    prompt = torch.tensor([settings["prompt"]])
+    prompts = torch.tensor(settings["prompts"])
     turns = Turns()
-    ids: list[int] = []
+    ids: list[list[int]] = []
     while True:
         turns.end(ids=ids)
         out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
+            prompts,
+            attention_mask=torch.ones_like(prompts),
             max_new_tokens=settings["new_tokens"],
             do_sample=False,
         )
-        ids = out[0, prompt.shape[1] :].tolist()
+        ids = out[:, prompts.shape[1] :].tolist()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""A decoder as EleutherAI's harness wants it: text in, log-likelihoods or text out."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, cast
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import postprocess_generated_text as cut_at_stops
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from mytune.errors import ConfigError
+from mytune.evaluation.batches import check_batch_size
+from mytune.evaluation.continuing import Prompt, continue_prompts
+from mytune.evaluation.scoring import Request, score
+from mytune.generation import Sampling
+from mytune.modules.decoder import Decoder
+from mytune.tokenizers import Message, ModelTokenizer
+
+log = logging.getLogger("mytune")
+
+_DEFAULT_NEW_TOKENS = 256  # the harness's own, where a task does not say
+_SAMPLING = tuple(Sampling.__annotations__)
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """A decoder and its tokenizer, to be given to `lm_eval.evaluate`.
+
+    As in the harness's own model of transformers, texts begin with BOS, names of special tokens in
+    them are special tokens, and what is too long loses its beginning. To the harness this is one
+    process; ranks share the work inside.
+
+    Args:
+        model: in eval mode.
+        tokenizer: the model's.
+        batch_size: rows at once, or "auto".
+        max_seq_length: longest context and continuation; at most the model's positions.
+        enable_kv_cache: generate with one; without, every token reads the whole text again.
+        seed: of generation that samples.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: ModelTokenizer,
+        *,
+        batch_size: int | str = "auto",
+        max_seq_length: int | None = None,
+        enable_kv_cache: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_batch_size(batch_size)
+        self.model = model
+        self._tokenizer = tokenizer
+        self.batch_size, self._enable_kv_cache, self._seed = batch_size, enable_kv_cache, seed
+        positions = model.config.max_seq_len
+        self.max_length = min(max_seq_length or positions, positions)
+        names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, names))})")
+        self._bos = tokenizer.decode([tokenizer.bos_id], skip_special_tokens=False)
+        self._encode = lru_cache(maxsize=64)(self._encode_text)  # a context comes with each answer
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._tokenizer.fingerprint
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Return a text's ids; BOS comes first unless it is there or `add_special_tokens` says no.
+
+        Names of special tokens are special tokens, as in the harness.
+        """
+        begins = string.startswith(self._bos)
+        add_bos = not begins if add_special_tokens is None else add_special_tokens
+        return ([self._tokenizer.bos_id] if add_bos else []) + self._encode(string)
+
+    def _encode_text(self, string: str) -> list[int]:
+        ids: list[int] = []
+        special = self._tokenizer.special_tokens
+        for piece in self._special.split(string):
+            if piece in special:
+                ids.append(special[piece])
+            elif piece:
+                ids += self._tokenizer.encode(piece, add_bos=False, add_eos=False)
+        return ids
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as text: up to where the answer begins, or goes on."""
+        messages = [Message(turn["role"], turn["content"]) for turn in chat_history]  # type: ignore[arg-type]
+        ids, _ = self._tokenizer.tokenize_messages(messages, add_generation_prompt)
+        if not add_generation_prompt and ids[-1] in self._tokenizer.stop_tokens:
+            ids = ids[:-1]  # the answer goes on
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Return each continuation's log-likelihood, and whether greedy decoding gives it."""
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return scores
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        return self._score([Request(context, rest) for _, context, rest in requests])
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
+        """Return each text's log-likelihood, read in windows as long as the model takes them."""
+        owners: list[int] = []
+        windows: list[Request] = []
+        for owner, instance in enumerate(requests):
+            pairs = get_rolling_token_windows(
+                token_list=self.tok_encode(instance.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            found = [Request(*make_disjoint_window(pair)) for pair in pairs]
+            windows += found
+            owners += [owner] * len(found)
+        sums = [0.0] * len(requests)
+        for owner, (log_likelihood, _) in zip(owners, self._score(windows), strict=True):
+            sums[owner] += log_likelihood
+        return sums
+
+    def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """Score what fits; of what does not, the end that does."""
+        limit = self.max_length + 1  # the last token is predicted, and not read
+        longest = max((len(r.continuation) for r in requests), default=0)
+        if longest > self.max_length:
+            raise ConfigError(
+                f"max_seq_length is {self.max_length}, and a continuation to score has {longest} "
+                "tokens: it must fit as a whole"
+            )
+        extra = [max(len(r.context) + len(r.continuation) - limit, 0) for r in requests]
+        self._warn(sum(n > 0 for n in extra), len(requests))
+        ends = [
+            Request(r.context[n:], r.continuation) for r, n in zip(requests, extra, strict=True)
+        ]
+        return score(self.model, ends, batch_size=self.batch_size)
+
+    def _warn(self, count: int, total: int) -> None:
+        if count:
+            log.warning(
+                "%d of %d requests are longer than max_seq_length=%d allows: "
+                "their beginnings are left out",
+                *(count, total, self.max_length),
+            )
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Return each context's continuation, up to the first of its stop strings."""
+        prompts = [self._prompt(*instance.args) for instance in requests]
+        rooms = [self.max_length - prompt.max_new_tokens for prompt in prompts]
+        if min(rooms, default=1) < 1:
+            longest = max(prompt.max_new_tokens for prompt in prompts)
+            raise ConfigError(
+                f"max_seq_length is {self.max_length}, and a task generates up to {longest} "
+                "tokens: it must be larger"
+            )
+        both = list(zip(prompts, rooms, strict=True))
+        self._warn(sum(len(prompt.ids) > room for prompt, room in both), len(prompts))
+        texts = continue_prompts(
+            self.model,
+            self._tokenizer,
+            [replace(prompt, ids=prompt.ids[-room:]) for prompt, room in both],
+            batch_size=self.batch_size,
+            enable_kv_cache=self._enable_kv_cache,
+            seed=self._seed,
+        )
+        return [
+            cut_at_stops(text, list(prompt.until), None)
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+
+    def _prompt(self, context: str, settings: dict[str, Any]) -> Prompt:
+        """Return a context with what a task's `generation_kwargs` say."""
+        said = normalize_gen_kwargs(settings, _DEFAULT_NEW_TOKENS)
+        sampling = {name: said.pop(name) for name in _SAMPLING if said.get(name) is not None}
+        most, until, sampled = (said.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
+        if said:
+            raise ConfigError(
+                f"generation_kwargs: {', '.join(said)} is not supported; a task can use "
+                f"do_sample, until, max_gen_toks, {', '.join(_SAMPLING)}"
+            )
+        return Prompt(
+            ids=self.tok_encode(context),
+            max_new_tokens=most,
+            until=[stop for stop in until if stop],
+            sampling=cast(Sampling, {"temperature": 1.0, **sampling} if sampled else {}),
+        )

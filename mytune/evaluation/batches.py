@@ -1,0 +1,89 @@
+"""Work cut into batches, dealt to the ranks, and its results brought together on each of them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from mytune.errors import ConfigError
+from mytune.training.distributed import gather_objects, rank, world_size
+
+log = logging.getLogger("mytune")
+
+# Tokens of a forward when batch_size is auto: a CPU gains nothing from more.
+_AUTO = {"cpu": 4096}
+_AUTO_ELSEWHERE = 32768
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def check_batch_size(batch_size: int | str) -> None:
+    """Raise ConfigError unless it is a number of rows or "auto"."""
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ConfigError(f"batch_size is {batch_size!r}; it must be 1 or more, or auto")
+
+
+def cut(
+    items: Sequence[Item],
+    length: Callable[[Item], int],
+    batch_size: int | str,
+    device: torch.device,
+) -> list[list[Item]]:
+    """Return `items`, the longest first, in batches of `batch_size`, or of a number of tokens."""
+    most = _AUTO.get(device.type, _AUTO_ELSEWHERE)
+    batches: list[list[Item]] = []
+    rows = 0
+    for item in items:
+        if not batches or len(batches[-1]) == rows:
+            rows = int(most // length(item) or 1 if batch_size == "auto" else batch_size)
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
+def run_batches(
+    batches: Sequence[list[Item]],
+    work: Callable[[list[Item]], Mapping[int, Result]],
+    description: str,
+    shared: bool = True,
+) -> dict[int, Result]:
+    """Return what `work` finds in all batches, by the keys it gives, on every rank.
+
+    Ranks take turns, so that each gets long and short ones. All do the same number of batches, as
+    sharded models demand: who has one less repeats the first. The batches are those of one process,
+    and so are the results, to the bit. If not `shared`, every rank does all of them.
+    """
+    if not batches:
+        return {}
+    workers = world_size() if shared else 1
+    mine = batches[rank() % workers :: workers]
+    turns = -(-len(batches) // workers)
+    results: dict[int, Result] = {}
+    often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a file each is a line
+    hidden = rank() > 0
+    with tqdm(total=turns, desc=description, mininterval=often, disable=hidden) as bar:
+        for turn in range(turns):
+            results |= _in_memory(mine[turn] if turn < len(mine) else batches[0], work)
+            bar.update()
+    return {key: value for part in gather_objects(results) for key, value in part.items()}
+
+
+def _in_memory(
+    batch: list[Item], work: Callable[[list[Item]], Mapping[int, Result]]
+) -> Mapping[int, Result]:
+    """Do a batch, or its halves if the device's memory does not suffice."""
+    try:
+        return work(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    log.warning("a batch of %d does not fit into memory: its halves are tried", len(batch))
+    torch.cuda.empty_cache()  # does nothing elsewhere
+    half = len(batch) // 2
+    return {**_in_memory(batch[:half], work), **_in_memory(batch[half:], work)}

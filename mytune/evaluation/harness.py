@@ -1,0 +1,109 @@
+"""Evaluation: a model's results on tasks, whole or as numbers for metric loggers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from typing import Any
+
+from mytune.evaluation.tasks import Tasks
+from mytune.modules.decoder import Decoder
+from mytune.tokenizers import ModelTokenizer
+from mytune.training.distributed import rank
+
+Results = dict[str, Any]
+
+
+def evaluate(
+    model: Decoder,
+    tokenizer: ModelTokenizer,
+    tasks: Tasks,
+    *,
+    limit: float | None = None,
+    batch_size: int | str = "auto",
+    max_seq_length: int | None = None,
+    enable_kv_cache: bool = True,
+    chat_template: bool = False,
+    fewshot_as_multiturn: bool = False,
+    system_instruction: str | None = None,
+    seed: int = 1234,
+    bootstrap_iters: int = 100_000,
+) -> Results:
+    """Return the harness's results: `results` by task and metric, `versions`, `n-shot` and more.
+
+    Every rank must call it. Scores are known to all, standard errors that need a bootstrap to
+    rank 0 alone.
+
+    Args:
+        model: in eval mode.
+        tasks: what `load_tasks` returned.
+        limit: documents per task; below 1, a share of them.
+        batch_size: rows at once, or "auto".
+        max_seq_length: tokens of context and continuation; if None, all that the model takes.
+        enable_kv_cache: see `mytune.generation.generate`.
+        chat_template: put questions, and examples, into the tokenizer's chat format.
+        fewshot_as_multiturn: with it, examples are turns of their own.
+        system_instruction: a system message, or a text before all else.
+        seed: of few-shot examples that are drawn, and of generation that samples.
+        bootstrap_iters: of standard errors without a formula; 0 leaves them out.
+    """
+    import lm_eval
+
+    from mytune.evaluation.adapter import HarnessModel
+
+    adapter = HarnessModel(
+        model,
+        tokenizer,
+        batch_size=batch_size,
+        max_seq_length=max_seq_length,
+        enable_kv_cache=enable_kv_cache,
+        seed=seed,
+    )
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=seed)  # anew: drawing has moved it on
+    with redirect_stdout(sys.stderr):  # the harness prints; stdout is for results
+        results: Results = lm_eval.evaluate(
+            adapter,
+            tasks,
+            limit=limit,
+            bootstrap_iters=0 if rank() else bootstrap_iters,
+            log_samples=False,
+            system_instruction=system_instruction,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+        )
+    return results
+
+
+def evaluate_scores(
+    model: Decoder,
+    tokenizer: ModelTokenizer,
+    tasks: Tasks,
+    **settings: Any,
+) -> dict[str, float]:
+    """Return `eval/TASK/METRIC` of a model in training, which stays in training mode.
+
+    Args:
+        settings: further arguments of `evaluate`.
+    """
+    model.eval()
+    results = evaluate(model, tokenizer, tasks, bootstrap_iters=0, **settings)
+    model.train()
+    return {
+        f"eval/{task}/{metric}": value
+        for task, metrics in results["results"].items()
+        for metric, value in numbers(metrics).items()
+    }
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return a task's metrics without standard errors and what is no number.
+
+    The name of a filter of answers follows the metric's, unless it is "none".
+    """
+    return {
+        key.removesuffix(",none").replace(",", "/"): float(value)
+        for key, value in metrics.items()
+        if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    }

@@ -1,0 +1,134 @@
+"""Results for people and programs: the harness's table, JSON, a Markdown summary, a comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mytune
+from mytune.errors import ConfigError
+from mytune.evaluation.harness import Results
+from mytune.training.distributed import rank
+from mytune.training.metric_logging import write_atomic
+
+JSON, MARKDOWN = "evaluation.json", "evaluation.md"
+_KEPT = "results groups group_subtasks versions n-shot n-samples higher_is_better".split()
+
+
+def results_table(results: Results) -> str:
+    """Return the harness's own table, and that of its groups if there are any."""
+    from lm_eval.utils import make_table
+
+    columns = ["results", *(["groups"] if results.get("groups") else [])]
+    return "\n".join(make_table(results, column) for column in columns)
+
+
+def compare_results(base: Results, tuned: Results) -> str:
+    """Return a Markdown table of what both measured, side by side with standard errors.
+
+    The last column is the change and, in brackets, how many standard errors of a difference it is.
+    """
+    rows = [
+        ["Tasks", "Metric", "", "Base", "", "Fine-tuned", "", "Change"],
+        ["---", "---", "---", "---:", "---:", "---:", "---:", "---:"],
+        *_compared(base, tuned),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _compared(base: Results, tuned: Results) -> Iterator[list[str]]:
+    for task, metrics in tuned["results"].items():
+        for name, (after, error) in _measured(metrics).items():
+            found = _measured(base["results"].get(task, {})).get(name)
+            if found is None:
+                continue
+            before, before_error = found
+            change = f"{after - before:+.4f}"
+            if spread := math.hypot(error or 0.0, before_error or 0.0):
+                change += f" ({(after - before) / spread:+.1f} se)"
+            arrow = {True: "↑", False: "↓"}.get(
+                tuned["higher_is_better"].get(task, {}).get(name.partition(",")[0]), ""
+            )
+            metric = name.removesuffix(",none").replace(",", " ")
+            yield [
+                task,
+                metric,
+                arrow,
+                *_cells(before, before_error),
+                *_cells(after, error),
+                change,
+            ]
+
+
+def _cells(value: float, error: float | None) -> tuple[str, str]:
+    return f"{value:.4f}", "" if error is None else f"± {error:.4f}"
+
+
+def _measured(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """Return a task's metrics, with their standard errors if they are known."""
+    found: dict[str, tuple[float, float | None]] = {}
+    for name, value in metrics.items():
+        metric, comma, of_filter = name.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = metrics.get(f"{metric}_stderr,{of_filter}")
+        found[name] = (float(value), float(error) if isinstance(error, int | float) else None)
+    return found
+
+
+def write_results(
+    output_dir: str | Path, results: Results, config: str, base: Results | None = None
+) -> dict[str, Path]:
+    """Write `evaluation.json` and `evaluation.md`, on rank 0 only; return their paths by name.
+
+    Args:
+        config: YAML of the recipe's config, to be kept with the results.
+        base: results of the base model, if it was measured too.
+    """
+    if rank():
+        return {}
+    folder = Path(output_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {
+        "mytune": mytune.__version__,
+        "lm_eval": version("lm_eval"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    kept = {name: results[name] for name in _KEPT if name in results}
+    held = {**kept, "base": base and base["results"], "config": config, "software": versions}
+    written = {"results": folder / JSON, "summary": folder / MARKDOWN}
+    text = json.dumps(held, indent=2, ensure_ascii=False, default=float)
+    write_atomic(written["results"], f"{text}\n".encode())
+    parts = ["# Evaluation", results_table(results)]
+    if base:
+        parts += ["## Base and fine-tuned", compare_results(base, results)]
+    told = ", ".join(f"{name} {number}" for name, number in versions.items())
+    parts += ["## Config", f"```yaml\n{config.strip()}\n```", f"Made with {told}."]
+    write_atomic(written["summary"], ("\n\n".join(parts) + "\n").encode())
+    return written
+
+
+def read_results(path: str | Path) -> Results:
+    """Read an earlier run's `evaluation.json`.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    file = Path(path).expanduser()
+    try:
+        found: Results = json.loads(file.read_text(encoding="utf-8"))
+        dict(found["results"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"compare: {file} holds no results of an earlier evaluation ({error!r}); it must be a "
+            f"checkpoint directory, or the {JSON} of an earlier run"
+        ) from error
+    return found

@@ -1,0 +1,102 @@
+"""Log-likelihoods of continuations: what is shared is computed once, and no more than is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mytune.evaluation.batches import cut, run_batches
+from mytune.evaluation.trees import TREE, Tree, plant, stack
+from mytune.modules.decoder import Decoder
+
+_LOGITS = 2**25  # logits at a time: 128 MiB
+
+
+class Request(NamedTuple):
+    """A context, and the continuation to score: ids."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+    @property
+    def read(self) -> list[int]:
+        """What the model reads: all but the last token, which is only predicted."""
+        return [*self.context, *self.continuation][:-1]
+
+
+def score(
+    model: Decoder, requests: Sequence[Request], *, batch_size: int | str = "auto"
+) -> list[tuple[float, bool]]:
+    """Return each continuation's log-likelihood, and whether it is what greedy decoding gives.
+
+    Logits are float32 before their softmax. Ranks share the work, and all know all results.
+
+    Args:
+        model: in eval mode; its weights say the device.
+        requests: contexts of at least one token; continuations may be empty.
+        batch_size: trees (see `mytune.evaluation.trees`) at once, or "auto".
+    """
+    trees = plant([request.read for request in requests], TREE)
+    batches = cut(trees, len, batch_size, model.embed_tokens.weight.device)
+
+    def work(batch: list[Tree]) -> dict[int, tuple[float, bool]]:
+        return _score_trees(model, batch, requests)
+
+    scores = run_batches(batches, work, "log-likelihoods")
+    return [scores[i] for i in range(len(requests))]
+
+
+@torch.no_grad()
+def _score_trees(
+    model: Decoder, trees: Sequence[Tree], requests: Sequence[Request]
+) -> dict[int, tuple[float, bool]]:
+    device = model.embed_tokens.weight.device
+    tokens, positions, mask = stack(trees)
+    hidden = model(
+        tokens.to(device),
+        positions.to(device),
+        mask=None if mask is None else mask.to(device),
+        output_hidden=True,
+    )
+    keys, counts, places, targets = _asked(trees, requests, tokens.shape[1])
+    found = _log_probabilities(model, hidden.flatten(0, 1), places.to(device), targets.to(device))
+    log_likelihoods, misses = (part.cpu().double().split(counts) for part in found)
+    return {
+        key: (float(log_likelihoods[i].sum()), not misses[i].any()) for i, key in enumerate(keys)
+    }
+
+
+def _asked(
+    trees: Sequence[Tree], requests: Sequence[Request], width: int
+) -> tuple[list[int], list[int], Tensor, Tensor]:
+    """Return requests, how many tokens each scores, and the places that predict them, and ids."""
+    keys = [key for tree in trees for key in tree.paths]
+    counts = [len(requests[key].continuation) for key in keys]
+    places = [
+        row * width + place
+        for row, tree in enumerate(trees)
+        for key, path in tree.paths.items()
+        for place in path[len(path) - len(requests[key].continuation) :]
+    ]
+    targets = [token for key in keys for token in requests[key].continuation]
+    return keys, counts, torch.tensor(places).long(), torch.tensor(targets).long()
+
+
+def _log_probabilities(
+    model: Decoder, hidden: Tensor, places: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the targets' log-probabilities at places of hidden [n, d], and where argmax misses."""
+    needed, which = places.unique(return_inverse=True)
+    found = torch.empty(len(places), device=hidden.device)
+    misses = torch.empty(len(places), dtype=torch.bool, device=hidden.device)
+    step = max(_LOGITS // model.config.vocab_size, 1)
+    for start in range(0, len(needed), step):
+        logits = model.head(hidden[needed[start : start + step]]).float()
+        here = ((which >= start) & (which < start + step)).nonzero()[:, 0]
+        rows = which[here] - start
+        found[here] = logits[rows, targets[here]] - logits.logsumexp(dim=-1)[rows]
+        misses[here] = logits.argmax(dim=-1)[rows] != targets[here]
+    return found, misses

@@ -1,0 +1,120 @@
+"""Tasks of EleutherAI's harness, found by name, the user's own before those that it brings."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mytune.errors import ConfigError, DataError, ResourceError, TuneError
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+log = logging.getLogger("mytune")
+
+Tasks = dict[str, Any]  # what TaskManager.load returns: tasks, groups and who belongs to which
+
+
+def check_lm_eval() -> None:
+    """Raise ResourceError where EleutherAI's harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ResourceError(
+            "the package 'lm_eval' is not installed: for evaluation run pip install 'mytune[eval]'"
+        )
+
+
+def load_tasks(
+    names: Sequence[str],
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+) -> Tasks:
+    """Load tasks, groups and tags of the harness, with their data.
+
+    Args:
+        names: as `tune run eleuther_eval` takes them; a path of a YAML file is one too.
+        include_path: a folder of YAML files with tasks of one's own.
+        num_fewshot: examples before each question, instead of the tasks' own numbers; a task that
+            says 0 keeps it.
+
+    Raises:
+        ResourceError: the harness is not installed, or data cannot be downloaded.
+        ConfigError: unknown tasks, with the nearest names; a folder that is not there.
+        DataError: a task whose data cannot be loaded.
+    """
+    check_lm_eval()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of its own defaults
+    if not names:
+        raise ConfigError("tasks is empty; name at least one, such as truthfulqa_mc2")
+    if include_path is not None and not Path(include_path).expanduser().is_dir():
+        raise ConfigError(f"include_path: there is no directory {include_path}")
+    manager = _manager(names, include_path)
+    loaded: Tasks = {}
+    for part in (_load(manager, name) for name in dict.fromkeys(names)):
+        for kind, held in part.items():
+            loaded.setdefault(kind, {}).update(held)
+    for task in loaded["tasks"].values():
+        _set_fewshot(task, num_fewshot)
+    return loaded
+
+
+def refuse_generation(tasks: Tasks | None, ranks: int) -> None:
+    """Refuse tasks that generate text while `ranks` share the weights and each has its own texts.
+
+    Raises:
+        ConfigError: naming these tasks.
+    """
+    named = tasks["tasks"].items() if tasks and ranks > 1 else ()
+    if found := [name for name, task in named if task.OUTPUT_TYPE == "generate_until"]:
+        raise ConfigError(
+            f"eval_tasks: {', '.join(found)} generates text, which ranks that share a model cannot "
+            "do while training; evaluate a checkpoint with eleuther_eval instead"
+        )
+
+
+def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
+    """Return the index of all tasks, or of the user's alone if that suffices: it takes no time."""
+    from lm_eval.tasks import TaskManager
+
+    folder = None if include_path is None else str(Path(include_path).expanduser())
+    if folder is not None:
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if set(names) <= set(own.all_tasks):
+            return own
+    manager = TaskManager(include_path=folder)
+    files = {name for name in names if name.endswith(".yaml") and Path(name).is_file()}
+    if unknown := [n for n in names if n not in manager.all_tasks and n not in files]:
+        problems = [f"{name}{_nearest(name, manager.all_tasks)}" for name in unknown]
+        where = "" if folder else "; include_path names a folder with tasks of your own"
+        raise ConfigError(f"tasks: lm_eval has no {'; no '.join(problems)}{where}")
+    return manager
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return f" (nearest: {', '.join(near)})" if near else ""
+
+
+def _load(manager: TaskManager, name: str) -> Tasks:
+    """Load a task and its data; what can go wrong there is not ours, but its reason can be told."""
+    try:
+        return dict(manager.load([name]))
+    except TuneError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, ConnectionError) or "ffline" in type(error).__name__ + reason:
+            raise ResourceError(f"task {name}: its data cannot be downloaded: {reason}") from error
+        raise DataError(f"task {name}: cannot be loaded: {reason}") from error
+
+
+def _set_fewshot(task: Any, number: int | None) -> None:
+    own = task.get_config("num_fewshot")
+    if number is None or own == 0:
+        if number and own == 0:
+            log.warning("task %s keeps its num_fewshot of 0", task.task_name)
+        number = own or 0
+    task.set_config(key="num_fewshot", value=number)

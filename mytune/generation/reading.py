@@ -1,0 +1,209 @@
+"""Reading tokens: what a decoder says comes next, with a growing, a static or no KV cache.
+
+Letters in shape comments: b batch, s tokens read at once, t keys, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mytune.generation.kv_cache import KVCache
+from mytune.modules.decoder import Decoder
+
+_WARM_UP = 3  # steps before a CUDA graph is recorded: kernels are compiled and chosen in them
+
+
+class Reader(Protocol):
+    """Reads rows of tokens, left-padded, and remembers them."""
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read the next tokens [b, s] of every row; return the logits after the last, [b, v]."""
+
+    def repeat(self, times: int) -> None:
+        """Make `times` rows of every row, side by side."""
+
+
+class CachedReader:
+    """Keeps keys and values, and attends to views of those that there are.
+
+    Args:
+        model: a decoder.
+        cache: what it has read; for `b` rows.
+        pads: how many of the first tokens of each row are padding, [b]; None if none are.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, pads: Tensor | None = None) -> None:
+        self.model, self.cache, self.pads = model, cache, pads
+        self._slots = torch.arange(cache.length, device=model.embed_tokens.weight.device)
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read the next tokens [b, s] of every row; return the logits after the last, [b, v]."""
+        end = self.cache.filled + tokens.shape[1]
+        slots = self._slots[self.cache.filled : end]
+        positions, mask = slots[None], None
+        if self.pads is not None:
+            positions = positions_of(slots, self.pads)
+            mask = padded_mask(slots, self._slots[:end], self.pads)
+        hidden = self.model(tokens, positions, mask, self.cache, output_hidden=True)
+        return self.model.head(hidden[:, -1])
+
+    def repeat(self, times: int) -> None:
+        """Make `times` rows of every row, side by side."""
+        self.cache.repeat(times)
+        if self.pads is not None:
+            self.pads = self.pads.repeat_interleave(times)
+
+
+class StaticReader(CachedReader):
+    """Reads one token per row with the same kernels on the same memory, at every position.
+
+    So on CUDA a step is recorded once, as a CUDA graph, and played again: the CPU then launches one
+    graph instead of a thousand kernels. More tokens than one are read as `CachedReader` does.
+
+    Args:
+        compile: fuse a step's kernels with `torch.compile` first.
+    """
+
+    def __init__(
+        self, model: Decoder, cache: KVCache, pads: Tensor | None = None, compile: bool = False
+    ) -> None:
+        super().__init__(model, cache, pads)
+        self._step: Callable[..., Tensor] = _static_step
+        if compile:
+            # Products of one row with a matrix are tuned as the reading of memory that they are.
+            options: dict[str, Any] = {"coordinate_descent_tuning": True}
+            self._step = torch.compile(_static_step, options=options)
+        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def repeat(self, times: int) -> None:
+        """Make `times` rows of every row, side by side."""
+        super().repeat(times)
+        self._inputs = None
+
+    # Not inference_mode: its tensors have no version, which what compiles and records may ask for.
+    @torch.no_grad()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read the next tokens [b, s] of every row; return the logits after the last, [b, v]."""
+        if tokens.shape[1] > 1:
+            return super().read(tokens)
+        if self.cache.filled == self.cache.length:
+            raise RuntimeError(f"the KV cache is full: it has {self.cache.length} positions")
+        if self._inputs is None:
+            self._inputs = self._make_inputs(len(tokens))
+        token, slot, _ = self._inputs
+        token.copy_(tokens)
+        slot.fill_(self.cache.filled)
+        logits = self._run()
+        self.cache.filled += 1
+        return logits
+
+    def _make_inputs(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the memory that a step reads: tokens [b, 1], their slot [1], pads [b]."""
+        device = self._slots.device
+        pads = torch.zeros(rows, dtype=torch.long, device=device)
+        if self.pads is not None:
+            pads.copy_(self.pads)
+        return torch.zeros(rows, 1, dtype=torch.long, device=device), self._slots[:1].clone(), pads
+
+    def _run(self) -> Tensor:
+        if self._graph is None and self._slots.is_cuda and self._steps == _WARM_UP:
+            self._record()
+        self._steps += 1
+        if self._graph is None or self._logits is None:
+            return self._call()
+        self._graph.replay()
+        return self._logits
+
+    def _call(self) -> Tensor:
+        return self._step(self.model, self.cache.keys, self.cache.values, self._slots, self._inputs)
+
+    def _record(self) -> None:
+        """Record a step; nothing is computed."""
+        with torch.cuda.device(self._slots.device):
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._logits = self._call()
+            self._graph = graph
+
+
+class _StaticKeys:
+    """A decoder's view of a cache in a static step: the slot is a tensor, all keys are seen."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], slot: Tensor) -> None:
+        self._keys, self._values, self._slot = keys, values, slot
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_copy_(2, self._slot, k)
+        values.index_copy_(2, self._slot, v)
+        return keys, values
+
+
+def _static_step(
+    model: Decoder,
+    keys: list[Tensor],
+    values: list[Tensor],
+    slots: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """Read one token per row; every shape and address is the same at every position."""
+    token, slot, pads = inputs
+    cache, mask = _StaticKeys(keys, values, slot), padded_mask(slot, slots, pads)
+    hidden = model(token, positions_of(slot, pads), mask, cache, output_hidden=True)
+    return model.head(hidden[:, -1])
+
+
+class UncachedReader:
+    """Reads the whole text again for every token; for comparison.
+
+    Args:
+        model: a decoder.
+        pads: how many of the first tokens of each row are padding, [b]; None if none are.
+    """
+
+    def __init__(self, model: Decoder, pads: Tensor | None = None) -> None:
+        self.model, self.pads = model, pads
+        self._read: Tensor | None = None
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read the next tokens [b, s] of every row; return the logits after the last, [b, v]."""
+        self._read = tokens if self._read is None else torch.cat((self._read, tokens), dim=1)
+        slots = torch.arange(self._read.shape[1], device=tokens.device)
+        positions, mask = slots[None], None
+        if self.pads is not None:
+            positions = positions_of(slots, self.pads)
+            mask = padded_mask(slots, slots, self.pads)
+        hidden = self.model(self._read, positions, mask, output_hidden=True)
+        return self.model.head(hidden[:, -1])
+
+    def repeat(self, times: int) -> None:
+        """Make `times` rows of every row, side by side."""
+        if self._read is not None:
+            self._read = self._read.repeat_interleave(times, dim=0)
+        if self.pads is not None:
+            self.pads = self.pads.repeat_interleave(times)
+
+
+def positions_of(slots: Tensor, pads: Tensor) -> Tensor:
+    """Return the positions [b, s] of slots [s] in rows that begin with padding."""
+    return (slots[None] - pads[:, None]).clamp(min=0)
+
+
+def padded_mask(queries: Tensor, keys: Tensor, pads: Tensor) -> Tensor:
+    """Return which slots [t] the queries in slots [s] may see, bool [b, 1, s, t].
+
+    Those from a row's first token up to the query itself. Padding sees itself: attention to nothing
+    would be nan.
+    """
+    q, k = queries[:, None], keys[None]
+    return ((k <= q) & (k >= pads[:, None, None]) | (k == q))[:, None]

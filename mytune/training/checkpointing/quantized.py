@@ -1,0 +1,180 @@
+"""Quantized checkpoints: one safetensors file in torchao's layout, under Hugging Face's names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mytune
+from mytune.errors import CheckpointError, NumericalError, ResourceError
+from mytune.modules.decoder import Decoder, DecoderConfig
+from mytune.quantization.tensors import (
+    flatten,
+    inner_tensors,
+    is_quantized,
+    keys_of,
+    misplaced,
+    rebuild,
+)
+from mytune.training.checkpointing.companions import companions
+from mytune.training.checkpointing.files import read_json, to_json
+from mytune.training.checkpointing.formats import HF, parameter_shapes
+from mytune.training.checkpointing.publish import Draft, publication
+from mytune.training.checkpointing.safetensors_io import SafetensorsFile
+from mytune.training.checkpointing.tokenizer_files import tokenizer_files
+
+QUANTIZATION = "quantization.json"
+_NAMES = "tensor_names"  # torchao's key of the list of tensors
+_SHOWN = 24
+
+
+def is_quantized_file(file: Mapping[str, Tensor]) -> bool:
+    """Say whether a file of tensors is in torchao's layout."""
+    return isinstance(file, SafetensorsFile) and _NAMES in file.metadata
+
+
+def stored_quantizer(directory: Path) -> dict[str, Any] | None:
+    """Return the config of torchao's that a directory was quantized with, as JSON."""
+    file = directory / QUANTIZATION
+    return read_json(file).get("config") if file.is_file() else None
+
+
+def read_quantized(
+    files: Sequence[Mapping[str, Tensor]], config: DecoderConfig, device: torch.device
+) -> dict[str, Tensor]:
+    """Return a quantized model's weights by our names, over mapped memory.
+
+    Args:
+        device: where they will be used; some layouts are for one kind of device.
+
+    Raises:
+        CheckpointError: tensors that are missing, unknown, damaged, or not the model's.
+        ResourceError: the weights are laid out for another device.
+    """
+    opened = [file for file in files if isinstance(file, SafetensorsFile)]
+    where = opened[0].path.parent if len(opened) > 1 else opened[0].path
+    held = {key: file for file in opened for key in file}
+    weights, problems = {}, []
+    for name, said in _metadata(opened):
+        try:
+            if (packed_for := misplaced(said, device)) is not None:
+                raise ResourceError(
+                    f"{where} was quantized for {packed_for} and cannot be read on {device}: "
+                    "quantize again here, or with another quantizer"
+                )
+            keys = keys_of(name, said)
+            found = {part: held.pop(key) for part, key in keys.items() if key in held}
+            if found.keys() == keys.keys():
+                parts = {part: file[keys[part]] for part, file in found.items()}
+                weights[HF.table.ours(name) or name] = rebuild(said, parts)
+            problems += [f"missing {keys[part]}" for part in keys.keys() - found.keys()]
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            why = str(error).partition("\n")[0]
+            problems.append(f"damaged {name}: {type(error).__name__}: {why}")
+    problems += [f"unexpected {key}" for key in held]
+    problems += _mismatches(weights, parameter_shapes(config)) if not problems else []
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise CheckpointError(
+            f"{where}: {len(problems)} quantized tensors do not fit the model",
+            problems[:_SHOWN] + more,
+        )
+    return weights
+
+
+def _metadata(files: Sequence[SafetensorsFile]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of every tensor and what the metadata says of it."""
+    seen: set[str] = set()
+    for file in files:
+        try:
+            names = json.loads(file.metadata.get(_NAMES, "[]"))
+            said = {name: json.loads(file.metadata[name]) for name in names}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{file.path}: its metadata is damaged: {error!r}") from error
+        if not all(isinstance(each, dict) for each in said.values()):
+            raise CheckpointError(f"{file.path}: its metadata is damaged: no object for a tensor")
+        yield from ((name, each) for name, each in said.items() if name not in seen)
+        seen |= said.keys()
+
+
+def _mismatches(
+    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    for name in weights.keys() | shapes.keys():
+        expected, found = shapes.get(name), weights.get(name)
+        if expected is None or found is None:
+            yield f"{'unexpected' if expected is None else 'missing'} {name}"
+        elif tuple(found.shape) != expected:
+            yield f"mismatched {name}: expected {list(expected)}, found {list(found.shape)}"
+
+
+def publish_quantized(
+    target: Path, model: Decoder, quantizer: Mapping[str, Any], source_dir: Path
+) -> None:
+    """Publish a quantized model atomically, with the companions of the checkpoint it came from.
+
+    Args:
+        target: the new directory; one that is there is replaced.
+        quantizer: the config of torchao's, as JSON.
+        source_dir: where the unquantized weights are; nothing is written there.
+
+    Raises:
+        NumericalError: a weight or scale is not finite.
+        ResourceError: the disk is full, read-only or faulty.
+    """
+    dtype, device = model.embed_tokens.weight.dtype, model.embed_tokens.weight.device
+    what = {
+        "quantizer": quantizer["_type"],
+        "config": quantizer,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "versions": _versions(),
+    }
+    facts = {"step": 0, "format": HF.name, "dtype": what["dtype"], "quantizer": what["quantizer"]}
+    with publication(target.parent, target.name, facts) as draft:
+        _add_weights(draft, model)
+        draft.add_bytes(QUANTIZATION, to_json(what))
+        for name, content in companions(source_dir, dtype):
+            if name == "config.json":
+                content = _with_quantizer(content, quantizer)
+            draft.add_bytes(name, content)
+        for name, content in tokenizer_files(source_dir):
+            draft.add_bytes(name, content)
+
+
+def _add_weights(draft: Draft, model: Decoder) -> None:
+    tensors: dict[str, Tensor] = {}
+    metadata = {}
+    for ours, parameter in model.named_parameters():
+        _demand_finite(ours, parameter)
+        name = HF.table.theirs(ours)
+        parts, metadata[name] = flatten(name, parameter.detach())
+        tensors |= parts
+    metadata[_NAMES] = json.dumps(list(metadata))
+    draft.add_tensors(HF.single, tensors, metadata)
+
+
+def _demand_finite(name: str, tensor: Tensor) -> None:
+    parts = inner_tensors(tensor).values() if is_quantized(tensor) else [tensor]
+    floats = (p for p in parts if p.is_floating_point() and p.dtype.itemsize > 1)
+    if not all(bool(torch.isfinite(part).all()) for part in floats):
+        raise NumericalError(
+            f"{name} holds NaN or Inf when quantized; nothing was saved: look at its weights"
+        )
+
+
+def _with_quantizer(config: bytes, quantizer: Mapping[str, Any]) -> bytes:
+    """Return a config.json by which transformers and vLLM know how the weights are quantized."""
+    said = {"quant_method": "torchao", "quant_type": {"default": dict(quantizer)}}
+    return to_json({**json.loads(config), "quantization_config": said})
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"mytune": mytune.__version__, **{name: version(name) for name in ("torch", "torchao")}}

@@ -1,0 +1,103 @@
+"""How ranks hold a model: whole each, shared out by rows (FSDP2), or copies of what groups share.
+
+Where each holds it whole, `sum_gradients` sums once per optimizer step what FSDP2 else sums itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from mytune.errors import ConfigError
+from mytune.modules.decoder import Decoder
+from mytune.training.distributed import world_size
+
+
+def parallel_dims(shard: int | None, replicate: int | None, *, fits: bool) -> tuple[int, int]:
+    """Return how many groups hold a copy of the model each, and how many ranks share one copy.
+
+    Args:
+        shard: ranks that share a copy; -1 for all that `replicate` leaves. None: 1 if the model
+            `fits` on every rank, else -1.
+        replicate: copies; None for as many as `shard` leaves room for.
+
+    Raises:
+        ConfigError: the two do not make up the number of processes.
+    """
+    processes = world_size()
+    if shard is None:
+        shard = -1 if replicate is not None or not fits else 1
+    if shard == -1:
+        shard = max(1, processes // max(1, replicate or 1))
+    if replicate is None:
+        replicate = max(1, processes // max(1, shard))
+    if shard < 1 or replicate * shard != processes:
+        raise ConfigError(
+            f"data_parallel_replicate_dim x data_parallel_shard_dim is {replicate} x {shard}, and "
+            f"there are {processes} processes; set data_parallel_shard_dim=-1 to share the model "
+            "among all that the copies leave"
+        )
+    return replicate, shard
+
+
+def shard_model(
+    model: Decoder,
+    device: torch.device,
+    *,
+    replicate: int,
+    shard: int,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> None:
+    """Share a model on the meta device out over `shard` ranks, block by block, in place (FSDP2).
+
+    The embedding, the norm and the head are one group, which stays gathered from the forward to
+    the end of the backward pass: the loss reads the head after the forward.
+
+    Args:
+        replicate: groups of ranks that hold the same.
+        reshard_after_forward: let go of a block's gathered weights until the backward pass.
+        cpu_offload: keep weights, gradients and optimizer state in the CPU's memory.
+    """
+    if shard == 1:
+        return
+    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("copy", "shard"))
+    mesh = mesh if replicate > 1 else mesh["shard"]
+    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cpu_offload and device.type != "cpu" else OffloadPolicy()
+    for module in (*model.layers, model):
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward and module is not model,
+            mp_policy=precision,
+            offload_policy=offload,
+        )
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Return the modules whose parameters are gathered and shared out together."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def sync_gradients(model: nn.Module, enabled: bool) -> None:
+    """Let the next backward pass sum a sharded model's gradients over the ranks, or keep them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what a forward pass without a backward pass has gathered."""
+    for module in sharded_modules(model):
+        module.reshard()

@@ -1,0 +1,198 @@
+"""Evaluate a model with EleutherAI's harness: base, fine-tuned, quantized, or base and adapter.
+
+    tune run eleuther_eval --config eleuther_evaluation tasks='[truthfulqa_mc2]'
+    tune run eleuther_eval --config eleuther_evaluation --compare /tmp/Meta-Llama-3-8B-Instruct
+    tune run --nproc_per_node 2 eleuther_eval --config eleuther_evaluation
+
+The table goes to stdout, everything else to stderr and to output_dir. Copy it with
+`tune cp eleuther_eval my_eval.py` and change what you like.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mytune.config import Component, config_yaml, instantiate
+from mytune.errors import ConfigError
+from mytune.evaluation import (
+    check_batch_size,
+    check_lm_eval,
+    compare_results,
+    evaluate,
+    load_tasks,
+    read_results,
+    results_table,
+    write_results,
+)
+from mytune.generation import pack_linears
+from mytune.modules import Decoder, adapter_state
+from mytune.tokenizers import ModelTokenizer
+from mytune.training import (
+    get_device,
+    get_dtype,
+    load_for_inference,
+    log,
+    memory_stats,
+    process_group,
+    rank,
+    set_deterministic,
+    set_seed,
+    setup_logging,
+    use_fast_float32_matmul,
+)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Every key of an evaluation config."""
+
+    # Where evaluation.json and evaluation.md go.
+    output_dir: str = "."
+
+    # Builder of the model; an adapter needs no builder of its own.
+    model: Component
+    # Tokenizer and its file.
+    tokenizer: Component
+    # Which files hold the weights; adapter_checkpoint names a PEFT adapter to use with them.
+    checkpointer: Component
+    # Evaluate this checkpoint directory too, or read evaluation.json of an earlier run, to compare.
+    compare: str | None = None
+
+    # Tasks, groups and tags of lm_eval, or your own.
+    tasks: list[str] = field(default_factory=lambda: ["truthfulqa_mc2"])
+    # A folder with YAML files of your own tasks; functions that these name are run.
+    include_path: str | None = None
+    # Documents per task, the first ones; below 1 a share of them; null for all.
+    limit: float | None = None
+    # Examples before each question, instead of the tasks' own numbers.
+    num_fewshot: int | None = None
+    # Put questions into the tokenizer's chat format.
+    chat_template: bool = False
+    # With chat_template: examples are turns of their own, not one text.
+    fewshot_as_multiturn: bool = False
+    # A system message, or a text before every question.
+    system_instruction: str | None = None
+    # Longest context and answer, in tokens; the beginning of longer ones is left out.
+    max_seq_length: int | None = None
+    # Rows at once, or auto.
+    batch_size: int | str = 8
+    # For tasks that generate: keep keys and values of earlier tokens.
+    enable_kv_cache: bool = True
+    # Must be null: quantize with `tune run quantize`, and evaluate the checkpoint it leaves.
+    quantizer: Component | None = None
+    # Of examples that are drawn and of generation that samples.
+    seed: int = 1234
+
+    # cuda, cuda:1, cpu, mps or xpu.
+    device: str = "cuda"
+    # Of weights and computation: bf16 or fp32.
+    dtype: str = "bf16"
+    # Deterministic kernels: default, warn, or error where there is none.
+    cudnn_deterministic_mode: str | int | None = None
+    # DEBUG, INFO, WARNING or ERROR.
+    log_level: str = "INFO"
+
+
+def main(cfg: Config) -> None:
+    """Load tasks, load the model, evaluate, report; then the same for what it is compared with."""
+    setup_logging(cfg.log_level, rank())
+    check(cfg)
+    device = get_device(cfg.device)
+    dtype = get_dtype(cfg.dtype, device)
+    set_deterministic(cfg.cudnn_deterministic_mode)
+    use_fast_float32_matmul(device)
+    set_seed(cfg.seed)
+
+    with ExitStack() as stack:
+        stack.enter_context(process_group(device))
+        # Tasks and earlier results before weights: it is quicker to be found wrong.
+        tokenizer = instantiate(cfg.tokenizer)
+        checkpointer = instantiate(cfg.checkpointer)
+        base = base_checkpointer(cfg)
+        earlier = read_results(cfg.compare) if cfg.compare and not base else None
+        log.info("Running evaluation on the following tasks: %s", list(cfg.tasks))
+        tasks = load_tasks(cfg.tasks, cfg.include_path, cfg.num_fewshot)
+
+        with torch.device("meta"):
+            model = instantiate(cfg.model)
+        results = measure(cfg, model, checkpointer, tokenizer, tasks, device, dtype)
+        if base:
+            log.info("Evaluating %s", cfg.compare)
+            with torch.device("meta"):
+                model = Decoder(model.config) if adapter_state(model) else instantiate(cfg.model)
+            earlier = measure(cfg, model, base, tokenizer, tasks, device, dtype)
+        report(cfg, results, earlier)
+
+
+def check(cfg: Config) -> None:
+    """Refuse what can be known to be wrong before anything is loaded."""
+    check_lm_eval()
+    check_batch_size(cfg.batch_size)
+    if cfg.quantizer is not None:
+        raise ConfigError(
+            "quantizer must be null: `tune run quantize` writes a quantized checkpoint; "
+            "name it in checkpointer.checkpoint_dir"
+        )
+    for key in ("limit", "max_seq_length"):
+        if (value := getattr(cfg, key)) is not None and not value > 0:
+            raise ConfigError(f"{key} is {value}; it must be above 0, or null")
+    if cfg.num_fewshot is not None and cfg.num_fewshot < 0:
+        raise ConfigError(f"num_fewshot is {cfg.num_fewshot}; it must be 0 or more, or null")
+
+
+def base_checkpointer(cfg: Config) -> Any:
+    """Return the checkpointer of the base to compare with, if `compare` names a directory."""
+    if cfg.compare is None or not Path(cfg.compare).expanduser().is_dir():
+        return None
+    other = {"checkpoint_dir": cfg.compare, "checkpoint_files": None, "adapter_checkpoint": None}
+    return instantiate({**cfg.checkpointer, **other})
+
+
+def measure(
+    cfg: Config,
+    model: Decoder,
+    checkpointer: Any,
+    tokenizer: ModelTokenizer,
+    tasks: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Fill a model on the meta device with weights and return its results."""
+    model = load_for_inference(model, checkpointer, device, dtype, merge_adapter=False)
+    pack_linears(model)
+    started = time.perf_counter()
+    results = evaluate(
+        model,
+        tokenizer,
+        tasks,
+        limit=cfg.limit,
+        batch_size=cfg.batch_size,
+        max_seq_length=cfg.max_seq_length,
+        enable_kv_cache=cfg.enable_kv_cache,
+        chat_template=cfg.chat_template,
+        fewshot_as_multiturn=cfg.fewshot_as_multiturn,
+        system_instruction=cfg.system_instruction,
+        seed=cfg.seed,
+    )
+    log.info("Eval completed in %.2f seconds.", time.perf_counter() - started)
+    memory = memory_stats(device)
+    used = max((memory[name] for name in memory if name.endswith(("alloc", "rss"))), default=0.0)
+    log.info("Max memory allocated: %.2f GB", used * 2**30 / 1e9)
+    return results
+
+
+def report(cfg: Config, results: dict[str, Any], base: dict[str, Any] | None) -> None:
+    """Print the tables and say where they are."""
+    if rank() == 0:
+        print(results_table(results), flush=True)
+        if base:
+            print(compare_results(base, results), flush=True)
+    written = write_results(cfg.output_dir, results, config_yaml(cfg), base)
+    for what, path in written.items():
+        log.info("%s: %s", what, path)

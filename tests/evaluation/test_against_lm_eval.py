@@ -1,0 +1,91 @@
+"""Same weights, same tasks: what our adapter answers, and what lm_eval's own HFLM does."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.evaluation.conftest import TASKS, responses, run_lm_eval
+
+
+def compare(pair, names, folder, *, ours=None, theirs=None, **settings):
+    """Assert equal answers and scores; return the results."""
+    left = run_lm_eval(pair.ours(**(ours or {})), names, folder, **settings)
+    right = run_lm_eval(pair.hflm(batch_size=4, **(theirs or {})), names, folder, **settings)
+    assert_same(responses(left), responses(right))
+    for task, metrics in right["results"].items():
+        ours_too = left["results"][task]
+        assert ours_too.keys() == metrics.keys()
+        for name, value in metrics.items():
+            # A perplexity is e to the log-likelihood, and mc2 is made of such.
+            expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
+            assert ours_too[name] == expected, (task, name)
+    return left
+
+
+def assert_same(left, right):
+    """Compare answers: texts exactly, log-likelihoods to 1e-4."""
+    assert left.keys() == right.keys()
+    for a, b in zip(flat(left), flat(right), strict=True):
+        if isinstance(a, tuple):
+            (a, greedy), (b, theirs) = a, b
+            assert greedy == theirs
+        assert a == (b if isinstance(b, str) else pytest.approx(b, rel=0, abs=1e-4))
+
+
+def flat(answers):
+    return [each for docs in answers.values() for doc in docs for r in doc for each in r]
+
+
+SETTINGS = {
+    "plain": {},
+    "fewshot": {"num_fewshot": 2},
+    "chat": {"apply_chat_template": True},
+    "chat, examples as turns": {
+        "apply_chat_template": True,
+        "num_fewshot": 2,
+        "fewshot_as_multiturn": True,
+        "system_instruction": "Be the user.",
+    },
+    "limit": {"limit": 3},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_choices_score_alike(random_pair, tasks_folder, settings):
+    compare(random_pair, ["choice"], tasks_folder, **settings)
+
+
+def test_all_kinds_of_tasks_score_alike(pair, tasks_folder):
+    results = compare(pair, list(TASKS), tasks_folder)
+    assert results["results"].keys() == TASKS.keys()
+
+
+@pytest.mark.parametrize("name", ["writing"])
+def test_generation_answers_a_chat_alike(random_pair, tasks_folder, name):
+    compare(random_pair, [name], tasks_folder, apply_chat_template=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, "auto"])
+def test_a_batch_size_changes_nothing(random_pair, tasks_folder, batch_size):
+    compare(random_pair, list(TASKS), tasks_folder, ours={"batch_size": batch_size})
+
+
+def test_without_a_cache_texts_are_the_same(random_pair, tasks_folder):
+    compare(random_pair, ["writing"], tasks_folder, ours={"enable_kv_cache": False})
+
+
+def test_what_is_too_long_loses_its_beginning_and_is_counted(random_pair, tasks_folder, caplog):
+    short = ({"max_seq_length": 40}, {"max_length": 40})
+    compare(random_pair, list(TASKS), tasks_folder, ours=short[0], theirs=short[1])
+    told = [r.getMessage() for r in caplog.records if r.name == "mytune"]
+    # Choices and answers are one kind of request, texts to go on with another.
+    assert [line.partition(":")[0] for line in told] == [
+        "14 of 35 requests are longer than max_seq_length=40 allows",
+        "7 of 7 requests are longer than max_seq_length=40 allows",
+    ]
+
+
+@pytest.mark.data
+def test_truthfulqa_scores_alike(pair, truthfulqa):
+    names = ["local_truthfulqa_mc1", "local_truthfulqa_mc2"]
+    compare(pair, names, truthfulqa, limit=6)

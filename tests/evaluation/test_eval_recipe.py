@@ -1,0 +1,253 @@
+"""`tune run eleuther_eval`: every kind of checkpoint, comparison, ranks, and what can be wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from mytune.assets import ASSETS
+from mytune.cli.main import main
+from tests.evaluation.conftest import run_lm_eval
+from tests.hf import tiny_llama
+
+SIZES_OF = dict(vocab_size=529, max_position_embeddings=512, initializer_range=0.12)
+
+
+@pytest.fixture(scope="module")
+def base(random_pair, tmp_path_factory):
+    """The random model's directory, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    random_pair.theirs.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(random_pair.tokenizer.path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """An adapter made by PEFT that changes answers, and the model with it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(tiny_llama(**SIZES_OF), config)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder, model.merge_and_unload()
+
+
+@pytest.fixture
+def tune(base, tasks_folder, tmp_path, capfd):
+    """Run the recipe; return results, stdout and stderr of a run that ends with `code`."""
+
+    def run(*overrides, code=0):
+        settings = {
+            "model._component_": "mytune.models.auto_model",
+            "model.checkpoint_dir": base,
+            "checkpointer.checkpoint_dir": base,
+            "tokenizer.path": base / "tokenizer.model",
+            "tasks": "[choice]",
+            "include_path": tasks_folder,
+            "output_dir": tmp_path / "out",
+            "max_seq_length": "null",
+            "device": "cpu",
+            "dtype": "fp32",
+        }
+        words = [f"{key}={value}" for key, value in settings.items()]
+        capfd.readouterr()
+        config = ["--config", "eleuther_evaluation"]
+        assert main(["run", "eleuther_eval", *config, *words, *overrides]) == code
+        out, err = capfd.readouterr()
+        file = tmp_path / "out" / "evaluation.json"
+        return json.loads(file.read_text()) if file.exists() else {}, out, err
+
+    return run
+
+
+def expected(pair, folder, theirs=None):
+    """Return what lm_eval's own model scores on the task `choice`."""
+    lm = HFLM(theirs or pair.theirs, tokenizer=pair.their_tokenizer, device="cpu", batch_size=4)
+    return run_lm_eval(lm, ["choice"], folder)["results"]["choice"]
+
+
+def test_table_json_and_summary_hold_what_lm_eval_scores(tune, random_pair, tasks_folder, tmp_path):
+    results, out, err = tune()
+    wanted = expected(random_pair, tasks_folder)
+    for name in ("acc,none", "acc_norm,none", "acc_stderr,none"):
+        assert results["results"]["choice"][name] == pytest.approx(wanted[name], rel=1e-6)
+    assert re.search(r"\|choice *\| *\S+ *\|none *\| *0\|acc *\|↑ *\|", out)
+    assert results["software"]["lm_eval"] == "0.4.13"
+    assert "tasks: [choice]" in results["config"]
+    summary = (tmp_path / "out" / "evaluation.md").read_text()
+    assert out.strip() in summary and "tasks: [choice]" in summary
+    assert "Running evaluation on the following tasks: ['choice']" in err
+
+
+@pytest.mark.parametrize("builder", ["auto_model", "lora_auto_model"])
+def test_base_and_adapter_score_as_peft_does(tune, random_pair, adapter, tasks_folder, builder):
+    lora = (
+        f"model._component_=mytune.models.{builder}",
+        *("model.lora_modules=[q_proj,down_proj]", "model.lora_rank=4", "model.lora_alpha=8"),
+    )
+    named = f"checkpointer.adapter_checkpoint={adapter[0]}"
+    results, _, _ = tune(named, "tasks=[choice,rolling]", *lora[: 4 * ("lora" in builder)])
+    lm = HFLM(adapter[1], tokenizer=random_pair.their_tokenizer, device="cpu", batch_size=4)
+    wanted = run_lm_eval(lm, ["choice", "rolling"], tasks_folder)["results"]
+    plain = run_lm_eval(random_pair.ours(), ["rolling"], tasks_folder)["results"]["rolling"]
+    name = "bits_per_byte,none"
+    assert results["results"]["rolling"][name] == pytest.approx(wanted["rolling"][name], rel=1e-6)
+    assert results["results"]["choice"]["acc,none"] == wanted["choice"]["acc,none"]
+    assert results["results"]["rolling"][name] != pytest.approx(plain[name], rel=1e-3)
+
+
+def test_a_4_bit_base_with_its_adapter_is_evaluated(tune, adapter):
+    results, _, _ = tune(
+        "model._component_=mytune.models.qlora_auto_model",
+        *("model.lora_modules=[q_proj,down_proj]", "model.lora_rank=4", "model.lora_alpha=8"),
+        f"checkpointer.adapter_checkpoint={adapter[0]}",
+        "tasks=[rolling]",
+    )
+    assert 0 < results["results"]["rolling"]["bits_per_byte,none"] < 20
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("form", ["hf", "meta"])
+def test_every_format_scores_alike(tune, data_dir, stories_pair, tasks_folder, form):
+    folder = data_dir / "stories260K" / form
+    checkpointer = {"hf": "FullModelHFCheckpointer", "meta": "FullModelMetaCheckpointer"}[form]
+    results, _, _ = tune(
+        f"model.checkpoint_dir={folder}",
+        f"checkpointer._component_=mytune.training.{checkpointer}",
+        f"checkpointer.checkpoint_dir={folder}",
+        f"tokenizer.path={folder / 'tokenizer.model'}",
+    )
+    wanted = expected(stories_pair, tasks_folder)
+    assert results["results"]["choice"]["acc,none"] == wanted["acc,none"]
+
+
+@pytest.mark.parametrize("how", ["directory", "results"])
+def test_base_and_fine_tuned_stand_side_by_side(tune, base, adapter, tmp_path, how):
+    alone, _, _ = tune("tasks=[choice,rolling]")
+    earlier = (tmp_path / "out" / "evaluation.json").rename(tmp_path / "earlier.json")
+    compare = base if how == "directory" else earlier
+    named = f"checkpointer.adapter_checkpoint={adapter[0]}"
+    both, out, _ = tune("tasks=[choice,rolling]", named, "--compare", str(compare))
+    before, after = alone["results"]["choice"], both["results"]["choice"]
+    assert both["base"]["choice"] == before
+    cells = [
+        *(f"{before['acc,none']:.4f}", f"± {before['acc_stderr,none']:.4f}"),
+        *(f"{after['acc,none']:.4f}", f"± {after['acc_stderr,none']:.4f}"),
+    ]
+    assert f"| choice | acc | ↑ | {' | '.join(cells)} |" in out
+    assert re.search(r"\| rolling \| bits_per_byte \| ↓ \|", out)
+
+
+def test_the_embedded_config_runs(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["run", "eleuther_eval", "--config", "tiny/evaluation", "limit=5"]
+    assert main(command) == 0
+    assert re.search(r"\|dates *\|.*exact_match", capfd.readouterr().out)
+    assert Path("outputs/tiny/evaluation/evaluation.md").is_file()
+
+
+def test_the_tutorial_config_can_be_copied_and_edited(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["cp", "eleuther_evaluation", "./custom_eval_config.yaml"]) == 0
+    text = Path("custom_eval_config.yaml").read_text()
+    assert "tasks: [truthfulqa_mc2]" in text
+    edited = text.replace("tasks: [truthfulqa_mc2]", 'tasks: ["truthfulqa_mc1", "truthfulqa_mc2"]')
+    Path("custom_eval_config.yaml").write_text(edited)
+    command = ["run", "eleuther_eval", "--config", "./custom_eval_config.yaml", "device=cpu"]
+    assert (
+        main(command) == 2
+    )  # /tmp/Meta-Llama-3-8B-Instruct is not here, and nothing else is wrong
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (
+            ["tasks=[chioce,truthfulqa_mc3]"],
+            2,
+            r"lm_eval has no chioce \(nearest: choice.*no truthfulqa_mc3 \(nearest: truthfulqa_mc2",
+        ),
+        (["tasks=[]"], 2, "tasks is empty"),
+        (["include_path=/nowhere"], 2, "no directory /nowhere"),
+        (["batch_size=0"], 2, "batch_size is 0; it must be 1 or more, or auto"),
+        (["batch_size=some"], 2, "batch_size is 'some'"),
+        (["limit=0"], 2, "limit is 0.0; it must be above 0"),
+        (["compare=/nowhere"], 2, "compare: /nowhere holds no results"),
+        (["quantizer={_component_: torch.nn.Identity}"], 2, "`tune run quantize`"),
+        (["num_fewshot=-1"], 2, "num_fewshot is -1"),
+        (["tasks=[truthfulqa_mc2]"], 5, "task truthfulqa_mc2: its data cannot be downloaded"),
+        (["tasks=[writing]", "max_seq_length=20"], 2, "a task generates up to 24 tokens"),
+    ],
+)
+def test_what_is_wrong_is_one_line(tune, overrides, code, message):
+    _, out, err = tune(*overrides, code=code)
+    assert re.search(message, err)
+    assert out == ""
+    if "max_seq_length" not in " ".join(overrides):
+        assert "weights" not in err
+
+
+def test_a_missing_harness_is_one_line_that_says_how_to_install_it(tune, monkeypatch):
+    find = importlib.util.find_spec
+    without = lambda name, *rest: None if name == "lm_eval" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    _, _, err = tune(code=5)
+    assert "pip install 'mytune[eval]'" in err.splitlines()[-1]
+
+
+@pytest.mark.ranks
+def test_two_ranks_score_as_one(tune, base, tasks_folder, tmp_path):
+    tasks = "tasks=[choice,rolling,writing]"
+    alone, out, _ = tune(tasks, "batch_size=2")
+    words = [f"model.checkpoint_dir={base}", f"checkpointer.checkpoint_dir={base}", tasks]
+    words += [f"tokenizer.path={base / 'tokenizer.model'}", f"include_path={tasks_folder}"]
+    words += ["model._component_=mytune.models.auto_model", "max_seq_length=null"]
+    words += [f"output_dir={tmp_path / 'both'}", "device=cpu", "dtype=fp32", "batch_size=2"]
+    command = [sys.executable, "-m", "mytune", "run", "--nproc_per_node", "2", "eleuther_eval"]
+    command += ["--config", "eleuther_evaluation", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    both = json.loads((tmp_path / "both" / "evaluation.json").read_text())
+    assert both["results"] == alone["results"]
+    assert done.stdout == out  # and said once
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_a_run_evaluates_while_it_trains(tmp_path, every):
+    words = [f"output_dir={tmp_path}", "eval_tasks=[dates]", "eval_limit=3", "batch_size=4"]
+    words += [f"eval_include_path={ASSETS / 'tasks'}", "eval_chat_template=true"]
+    words += ["max_steps_per_epoch=3", "log_every_n_steps=10", "dataset_val=null"]
+    words += [f"eval_every_n_steps={every}"] if every else []
+    config = ["lora_finetune_single_device", "--config", "tiny/lora_single_device"]
+    assert main(["run", *config, *words]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["eval/dates/exact_match"] for line in lines}
+    assert scores == {every or 3: 0.0}
+
+
+def test_evaluating_changes_nothing_of_a_run(tmp_path):
+    config = ["lora_finetune_single_device", "--config", "tiny/lora_single_device"]
+    words = ["max_steps_per_epoch=3", "batch_size=4", "dataset_val=null"]
+    tasks = ["eval_tasks=[dates]", "eval_limit=2", "eval_every_n_steps=1"]
+    tasks += [f"eval_include_path={ASSETS / 'tasks'}"]
+    for name, more in {"plain": [], "measured": tasks}.items():
+        assert main(["run", *config, *words, f"output_dir={tmp_path / name}", *more]) == 0
+    curves = [
+        [(row["loss"], row["grad_norm"]) for row in map(json.loads, file.read_text().splitlines())]
+        for file in sorted(tmp_path.glob("*/metrics.jsonl"))
+    ]
+    assert curves[0] == curves[1]

@@ -1,0 +1,131 @@
+"""Trees, batches and scores: against every sequence read alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from mytune.errors import ConfigError
+from mytune.evaluation import Request, check_batch_size, score
+from mytune.evaluation.batches import cut, run_batches
+from mytune.evaluation.continuing import SharedDecoding
+from mytune.evaluation.trees import plant, stack
+from mytune.generation import generate
+from tests.hf import twins
+
+CPU = torch.device("cpu")
+
+
+def sequences(seed=0):
+    """Return sequences of which many begin alike, some are equal, some are parts of others."""
+    draw = random.Random(seed)
+    found = [[draw.randrange(3, 160) for _ in range(draw.randrange(1, 30))] for _ in range(5)]
+    for _ in range(40):
+        stem = draw.choice(found)
+        end = [draw.randrange(3, 160) for _ in range(draw.randrange(0, 9))]
+        found.append(stem[: draw.randrange(1, len(stem) + 1)] + end)
+    return found
+
+
+@pytest.mark.parametrize("room", [1, 40, 1000])
+def test_trees_hold_every_sequence_and_each_shared_token_once(room):
+    wanted = sequences()
+    trees = plant(wanted, room)
+    found = {
+        key: ([t.tokens[i] for i in path], [t.positions[i] for i in path])
+        for t in trees
+        for key, path in t.paths.items()
+    }
+    assert found == {i: (s, list(range(len(s)))) for i, s in enumerate(wanted)}
+    assert [len(t) for t in trees] == sorted(map(len, trees), reverse=True)
+    for tree in trees:
+        assert {node for path in tree.paths.values() for node in path} == set(range(len(tree)))
+        prefixes = {
+            tuple(wanted[key][: i + 1]) for key in tree.paths for i in range(len(wanted[key]))
+        }
+        assert len(prefixes) == len(tree)
+    assert sum(map(len, plant(wanted, 1000))) < sum(map(len, wanted)) / 2
+
+
+def test_the_mask_shows_each_token_its_ancestors():
+    trees = plant([[5, 6, 7], [5, 6, 8, 9], [5, 6, 8, 9, 4]], 100)
+    tokens, positions, mask = stack(trees)
+    assert tokens.tolist() == [[5, 6, 7, 8, 9, 4]]
+    assert positions.tolist() == [[0, 1, 2, 2, 3, 4]]
+    seen = [{5}, {5, 6}, {5, 6, 7}, {5, 6, 8}, {5, 6, 8, 9}, {5, 6, 8, 9, 4}]
+    assert [set(tokens[0][row].tolist()) for row in mask[0, 0]] == seen
+
+
+def test_what_does_not_branch_needs_no_mask():
+    assert stack(plant([[5, 6, 7], [8, 9]], 100))[2] is None
+
+
+@torch.no_grad()
+def alone(model, requests):
+    """Score each request by a forward of its own, through all logits."""
+    found = []
+    for context, continuation in requests:
+        ids = torch.tensor([[*context, *continuation]])
+        logits = model(ids[:, :-1])[0, len(context) - 1 :].double()
+        picked = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])
+        greedy = logits.argmax(-1).tolist() == list(continuation)
+        found.append((float(picked.sum()), greedy))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, "auto"])
+def test_scores_are_those_of_requests_read_alone(batch_size):
+    model, _ = twins()
+    draw = random.Random(1)
+    cuts = [(s, draw.randrange(1, len(s) + 1)) for s in sequences(1) for _ in range(2)]
+    requests = [Request(s[:at], [*s[at:], draw.randrange(3, 160)]) for s, at in cuts]
+    with torch.no_grad():  # some that greedy decoding gives
+        likely = [int(model(torch.tensor([s]))[0, -1].argmax()) for s, _ in cuts[:9]]
+    requests += [Request(s, [token]) for (s, _), token in zip(cuts, likely, strict=False)]
+    found, wanted = score(model, requests, batch_size=batch_size), alone(model, requests)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert sum(greedy for _, greedy in found) >= 9
+    assert [s for s, _ in found] == pytest.approx([s for s, _ in wanted], rel=0, abs=2e-5)
+
+
+def test_a_continuation_without_tokens_is_certain():
+    model, _ = twins()
+    assert score(model, [Request([5, 6], []), Request([5], [6])])[0] == (0.0, True)
+
+
+def test_a_batch_is_so_many_rows_or_tokens():
+    items = [[0] * n for n in (2000, 1000, 900, 30, 20)]
+    assert [len(b) for b in cut(items, len, 2, CPU)] == [2, 2, 1]
+    assert [len(b) for b in cut(items, len, "auto", CPU)] == [2, 3]
+
+
+def test_what_does_not_fit_into_memory_is_halved(caplog):
+    seen = []
+
+    def work(batch):
+        seen.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("full")
+        return {i: -i for i in batch}
+
+    assert run_batches([[1, 2, 3, 4, 5], [6]], work, "test") == {i: -i for i in range(1, 7)}
+    assert seen == [5, 2, 3, 1, 2, 1]
+    assert "a batch of 5 does not fit into memory" in caplog.text
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, "all"])
+def test_an_impossible_batch_size_is_refused(batch_size):
+    with pytest.raises(ConfigError, match="1 or more, or auto"):
+        check_batch_size(batch_size)
+
+
+def test_prompts_that_begin_alike_are_continued_as_if_read_alone():
+    model, _ = twins(initializer_range=0.2)
+    prompts = [[*s, 7] for s in sequences(2)[:12]]
+    decoding = SharedDecoding(model, prompts, max_new_tokens=9, enable_kv_cache=True)
+    for _ in decoding:
+        pass
+    wanted = [list(generate(model, prompt, max_new_tokens=9)) for prompt in prompts]
+    assert [row.tokens for row in decoding.rows] == wanted

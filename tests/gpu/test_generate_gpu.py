@@ -1,0 +1,107 @@
+"""Generation on CUDA: a recorded step says what an eager one says, and is faster."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from mytune.generation import KVCache, Memory, generate, generate_batch
+from mytune.generation.reading import CachedReader, StaticReader
+from mytune.models.llama3_2 import llama3_2_1b
+from tests.generation.conftest import VARIED
+from tests.hf import twins
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+PROMPTS = [[1, 5, 9], [1], [(7 * i + 1) % 160 for i in range(40)], [1, 80, 3, 20, 11, 9, 30]]
+
+
+@pytest.fixture
+def model():
+    # TF32 and reordered sums would decide between tokens that are as good as equal.
+    torch.set_float32_matmul_precision("highest")
+    return twins(**VARIED)[0].cuda()
+
+
+def readers(model, rows, length):
+    for kind in (CachedReader, StaticReader):
+        cache = KVCache(
+            model.config, batch_size=rows, length=length, device="cuda", dtype=torch.float32
+        )
+        yield kind(model, cache)
+
+
+def test_a_recorded_steps_logits_equal_those_of_the_growing_cache(model):
+    growing, static = readers(model, 3, 256)
+    draw = torch.Generator().manual_seed(0)
+    for new in [7, *[1] * 30, 5, *[1] * 10]:  # a conversation: the graph outlives a longer reading
+        tokens = torch.randint(0, 160, (3, new), generator=draw).cuda()
+        torch.testing.assert_close(static.read(tokens), growing.read(tokens), rtol=0, atol=2e-5)
+    assert static._graph is not None
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_batch_says_what_the_cpu_says(model, compile):
+    expected = generate_batch(twins(**VARIED)[0], PROMPTS, max_new_tokens=60)
+    assert generate_batch(model, PROMPTS, max_new_tokens=60, compile=compile) == expected
+
+
+def test_a_seed_repeats_samples(model):
+    def draw(seed):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        how = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
+        return generate_batch(
+            model, PROMPTS, max_new_tokens=30, num_samples=2, generator=generator, **how
+        )
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_conversation_goes_on_with_its_graph(model):
+    memory, prompt = Memory(model, 256), [1, 5, 9]
+    for question in ([20, 21], [30], [40, 41, 42]):
+        prompt = prompt + question
+        expected = list(generate(model, prompt, max_new_tokens=12))
+        assert list(generate(model, prompt, max_new_tokens=12, memory=memory)) == expected
+        prompt += expected
+
+
+def test_a_step_waits_for_the_device_only_to_read_the_token(model):
+    _, static = readers(model, 1, 256)
+    token = torch.ones(1, 1, dtype=torch.long, device="cuda")
+    for _ in range(6):
+        static.read(token)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(6):
+            token = static.read(token).argmax(-1, keepdim=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_tokens_per_second_of_a_1b_model(compile, capsys):
+    """Prints the speed; it must reach a third of what the memory allows."""
+    with torch.device("cuda"):
+        model = llama3_2_1b().to(torch.bfloat16).eval()
+    memory, prompt = Memory(model, 1024, compile=compile), list(range(1, 65))
+    settings = {"max_new_tokens": 256, "memory": memory}
+    list(generate(model, prompt, **settings))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    count = len(list(generate(model, prompt, **settings)))
+    speed = count / (time.perf_counter() - start)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        b.copy_(a)
+    torch.cuda.synchronize()
+    bandwidth = 10 * 2 * 2**30 / (time.perf_counter() - start)
+    with capsys.disabled():
+        print(f"\n{speed:.0f} tokens/s, {speed * size / bandwidth:.0%} of memory bandwidth")
+    assert speed * size > bandwidth / 3

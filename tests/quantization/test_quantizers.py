@@ -1,0 +1,215 @@
+"""torchao on a model that mytune built and loaded: what changes, what runs, what is refused."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+
+from mytune.assets import ASSETS
+from mytune.config import instantiate
+from mytune.errors import ConfigError, ResourceError
+from mytune.generation import pack_linears
+from mytune.generation.packing import PackedLinear
+from mytune.models import auto_model
+from mytune.modules import LinearCrossEntropyLoss
+from mytune.quantization import (
+    QUANTIZERS,
+    Float8DynActFloat8WeightQuantizer,
+    Int4WeightOnlyQuantizer,
+    Int8DynActInt4WeightQuantizer,
+    Int8WeightOnlyQuantizer,
+    check_quantizer,
+    quantize_linears,
+    stored_bytes,
+)
+from tests.quantization.conftest import CPU, ON_CPU, load, some_tokens
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def logits(model, tokens):
+    with torch.inference_mode():
+        return model(tokens).float()
+
+
+def change(found, expected):
+    """The relative RMS of what changed."""
+    return float((found - expected).norm() / expected.norm())
+
+
+TUTORIAL = {
+    "int8": (Int8WeightOnlyConfig(), 0.02),
+    "int8 dynamic": (Int8DynamicActivationInt8WeightConfig(), 0.03),
+    "float8": (Float8WeightOnlyConfig(), 0.05),
+    "int4": (PrototypeInt4WeightOnlyConfig(group_size=32), 0.15),
+}
+
+
+@pytest.mark.parametrize("name", TUTORIAL)
+def test_quantize_works_as_torchaos_tutorial_shows_it(name):
+    config, bound = TUTORIAL[name]
+    model = load(ASSETS / "tiny")
+    tokens = some_tokens(model.config.vocab_size)
+    expected = logits(model, tokens)
+    quantize_(model, config)
+    assert type(model.layers[0].attn.q_proj.weight) is not nn.Parameter
+    assert 0 < change(logits(model, tokens), expected) < bound
+
+
+def test_tied_embeddings_stay_tied_and_unquantized():
+    model = load(ASSETS / "tiny")
+    before = model.embed_tokens.weight.clone()
+    quantize_(model, Int8WeightOnlyConfig())
+    assert model.lm_head is None and type(model.embed_tokens.weight) is nn.Parameter
+    assert torch.equal(model.embed_tokens.weight, before)
+    hidden = torch.randn(3, model.config.embed_dim, dtype=BF16)
+    assert torch.equal(model.head(hidden), F.linear(hidden, before))
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_every_quantizer_changes_logits_a_little_and_saves_memory(base, name):
+    quantizer, kind, bound = ON_CPU[name]
+    model = load(base)
+    tokens = some_tokens(512)
+    expected, size = logits(model, tokens), sum(p.nbytes for p in model.parameters())
+    model = load(base, quantizer=quantizer)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert {type(m.weight).__name__ for m in linears.values()} == {kind} and "lm_head" in linears
+    assert 0 < change(logits(model, tokens), expected) < bound
+    assert sum(stored_bytes(p) for p in model.parameters()) < 0.85 * size
+    assert quantizer.quantize(model) is model  # torchtune's verb; what is quantized stays
+
+
+def test_a_quantized_model_compiles_once(base):
+    model = load(base, quantizer=Int8WeightOnlyQuantizer())
+    graphs = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=graphs)
+    tokens = some_tokens(512)
+    for shift in range(3):
+        moved = (tokens + shift) % 512
+        assert change(logits(compiled, moved), logits(model, moved)) < 0.02
+    assert graphs.frame_count == 1
+
+
+def test_a_quantized_head_has_the_same_loss_fused_or_not(base):
+    model = load(base, FP32, quantizer=Int8WeightOnlyQuantizer())
+    assert type(model.lm_head.weight).__name__ == "Int8Tensor"
+    tokens = some_tokens(512)
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
+    with torch.no_grad():
+        fused = LinearCrossEntropyLoss(chunk_size=7)(model, batch)
+        whole = model(batch["tokens"]).flatten(0, 1)
+    expected = F.cross_entropy(whole, batch["labels"].flatten(), reduction="sum")
+    assert torch.allclose(fused, expected, rtol=1e-6)
+
+
+def test_packing_leaves_quantized_linears_alone(base):
+    model = load(base, quantizer=Int8WeightOnlyQuantizer())
+    expected = logits(model, some_tokens(512))
+    pack_linears(model)
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    assert torch.equal(logits(model, some_tokens(512)), expected)
+
+
+def on_meta(folder):
+    with torch.device("meta"):
+        return auto_model(str(folder))
+
+
+def test_trying_a_quantizer_draws_no_random_numbers(base):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    check_quantizer(Int8WeightOnlyQuantizer(), on_meta(base), CPU, BF16)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def refused(quantizer, folder, dtype=BF16, save=True):
+    with pytest.raises((ConfigError, ResourceError)) as found:
+        check_quantizer(quantizer, on_meta(folder), CPU, dtype, save)
+    return found.value
+
+
+def test_what_cannot_run_is_refused_and_what_can_is_listed(base):
+    for quantizer in (Float8DynActFloat8WeightQuantizer(), Int4WeightOnlyConfig(group_size=32)):
+        error = refused(quantizer, base)
+        assert error.exit_code == 5 and "cannot run with torchao" in error.message
+        assert type(quantizer).__name__ in error.message
+        assert error.details == [
+            "these can: Int8WeightOnlyQuantizer, Int8DynActInt8WeightQuantizer, "
+            "Int4WeightOnlyQuantizer, Int8DynActInt4WeightQuantizer, Float8WeightOnlyQuantizer"
+        ]
+
+
+def test_groups_that_fit_nothing_are_refused(base):
+    for quantizer in (Int4WeightOnlyQuantizer(128), Int8DynActInt4WeightQuantizer(256)):
+        error = refused(quantizer, base)  # linears of 64 and 96 inputs
+        assert error.exit_code == 2, error
+        assert "groupsize" in error.message or "divisible" in error.message
+
+
+def test_groups_that_fit_some_linears_are_taken(base, caplog):
+    model = load(base, quantizer=Int4WeightOnlyQuantizer(64))
+    assert type(model.layers[0].mlp.down_proj.weight) is nn.Parameter  # 96 inputs
+    assert type(model.layers[0].mlp.up_proj.weight) is not nn.Parameter  # 64 inputs
+    assert "3 linears stay as they are" in caplog.text and "layers.0.mlp.down_proj" in caplog.text
+
+
+def test_int4_in_float32_is_refused(base):
+    for quantizer in (Int4WeightOnlyQuantizer(32), PrototypeInt4WeightOnlyConfig(group_size=32)):
+        error = refused(quantizer, base, FP32)
+        assert error.exit_code == 2 and "dtype=bf16, not float32" in error.message
+
+
+def test_what_is_no_quantizer_is_refused(base):
+    error = refused(nn.Identity(), base)
+    assert error.exit_code == 2 and "quantizer is a Identity" in error.message
+    assert "Int8WeightOnlyQuantizer" in error.message
+
+
+def test_without_torchao_the_error_says_how_to_install_it(base, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    error = refused(Int8WeightOnlyQuantizer(), base)
+    assert error.exit_code == 5 and "pip install 'mytune[quantize]'" in error.message
+
+
+TORCHTUNE = {
+    "torchtune.training.quantization.Int8DynActInt4WeightQuantizer": Int8DynActInt4WeightQuantizer,
+    "torchtune.training.quantization.Int4WeightOnlyQuantizer": Int4WeightOnlyQuantizer,
+    "torchtune.utils.quantization.Int4WeightOnlyQuantizer": Int4WeightOnlyQuantizer,
+    "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer": (
+        Int8DynActInt4WeightQuantizer
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), TORCHTUNE.items(), ids=TORCHTUNE)
+def test_torchtunes_names_and_arguments_mean_ours(name, kind):
+    assert instantiate({"_component_": name, "groupsize": 64}) == kind(groupsize=64)
+    assert {kind.__name__ for kind in QUANTIZERS} >= {kind.__name__}
+
+
+def test_torchaos_own_configs_are_components():
+    config = instantiate({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
+    assert config == Int8WeightOnlyConfig()
+
+
+def test_adapters_stay_as_they_are():
+    model = auto_model(str(ASSETS / "tiny"))
+    model.layers[0].attn.q_proj.lora_A = nn.Linear(128, 8, bias=False)
+    assert quantize_linears(model, Int8WeightOnlyQuantizer()) == []
+    assert type(model.layers[0].attn.q_proj.lora_A.weight) is nn.Parameter
+    assert type(model.layers[0].attn.q_proj.weight) is not nn.Parameter
