@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from mytune.errors import ConfigError, RanksLost
@@ -55,12 +57,10 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
         yield
         return
     timeout = timedelta(seconds=timeout_seconds)
-    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    store, *_ = next(rendezvous("env://", timeout=timeout))
     # torchrun keeps its store over restarts: without a name of its own, an attempt would read the
     # addresses of ranks that are gone.
-    own = dist.PrefixStore(  # type: ignore[attr-defined]
-        f"attempt_{restarts()}", store
-    )
+    own = PrefixStore(f"attempt_{restarts()}", store)
     dist.init_process_group(
         _BACKENDS[device.type], store=own, rank=rank(), world_size=world_size(), timeout=timeout
     )
