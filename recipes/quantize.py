@@ -186,7 +186,7 @@ def perplexity(model: Decoder, windows: list[Tensor]) -> float:
     """Return e to the mean loss of every token but the first."""
     loss_fn, loss = LinearCrossEntropyLoss(), 0.0
     for window in windows:
-        row = window[None].to(model.embed_tokens.weight.device)
+        row = window[None].to(model.device)
         loss += loss_fn(model, {"tokens": row[:, :-1], "labels": row[:, 1:]}).item()
     mean = loss / sum(len(window) - 1 for window in windows)
     if not math.isfinite(mean):

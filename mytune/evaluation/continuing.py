@@ -53,7 +53,7 @@ def _read_as_trees(model: Decoder, rows: Sequence[Sequence[int]], cache: KVCache
                         kept[row, :, longest - len(path) : longest] = of_tree[:, path]
             return k, v
 
-    device = model.embed_tokens.weight.device
+    device = model.device
     tokens, positions, mask = (None if x is None else x.to(device) for x in stack(trees))
     model(tokens, positions, mask, Spread(), output_hidden=True)
     cache.filled = longest
@@ -92,7 +92,7 @@ def continue_prompts(
     Prompts of one length and one kind of sampling go together. Ranks share the work, and all know
     all texts; draws depend on the seed and the batch, not on the number of ranks.
     """
-    device = model.embed_tokens.weight.device
+    device = model.device
     kinds: dict[str, list[int]] = {}
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         kinds.setdefault(repr(sorted(prompts[i].sampling.items())), []).append(i)

@@ -40,7 +40,7 @@ def score(
         batch_size: trees (see `mytune.evaluation.trees`) at once, or "auto".
     """
     trees = plant([request.read for request in requests], TREE)
-    batches = cut(trees, len, batch_size, model.embed_tokens.weight.device)
+    batches = cut(trees, len, batch_size, model.device)
 
     def work(batch: list[Tree]) -> dict[int, tuple[float, bool]]:
         return _score_trees(model, batch, requests)
@@ -53,7 +53,7 @@ def score(
 def _score_trees(
     model: Decoder, trees: Sequence[Tree], requests: Sequence[Request]
 ) -> dict[int, tuple[float, bool]]:
-    device = model.embed_tokens.weight.device
+    device = model.device
     tokens, positions, mask = stack(trees)
     hidden = model(
         tokens.to(device),

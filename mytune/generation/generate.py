@@ -135,7 +135,7 @@ class Decoding:
         self._memory, self._samples = memory, num_samples
         if not prompts:
             return
-        device = model.embed_tokens.weight.device
+        device = model.device
         known = memory.recall(prompts[0]) if memory else 0
         self._tokens, pads = _left_padded([prompt[known:] for prompt in prompts], device)
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
@@ -301,12 +301,11 @@ def _left_padded(
 def _cached_reader(
     model: Decoder, rows: int, length: int, pads: Tensor | None, compile: bool
 ) -> CachedReader:
-    weight = model.embed_tokens.weight
-    static = compile or weight.is_cuda
+    static = compile or model.device.type == "cuda"
     if static:
         length = -(-length // 256) * 256  # few lengths: each is compiled for itself
     cache = KVCache(
-        model.config, batch_size=rows, length=length, device=weight.device, dtype=weight.dtype
+        model.config, batch_size=rows, length=length, device=model.device, dtype=model.dtype
     )
     if static:
         return StaticReader(model, cache, pads, compile)

@@ -55,7 +55,7 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
     adapters and 4-bit ones stay as they are. Does nothing on other devices, or where torch or the
     CPU have nothing faster.
     """
-    if model.embed_tokens.weight.device.type != "cpu":
+    if model.device.type != "cpu":
         return
     # Names, not modules: a list of those would keep every weight until the last one is packed.
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]

@@ -38,7 +38,7 @@ class CachedReader:
 
     def __init__(self, model: Decoder, cache: KVCache, pads: Tensor | None = None) -> None:
         self.model, self.cache, self.pads = model, cache, pads
-        self._slots = torch.arange(cache.length, device=model.embed_tokens.weight.device)
+        self._slots = torch.arange(cache.length, device=model.device)
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> Tensor:

@@ -196,6 +196,16 @@ class Decoder(nn.Module):
             else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and its inputs must be."""
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what blocks hand on; weights may be quantized."""
+        return self.norm.weight.dtype
+
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., v] of normed hidden states [..., d]."""
         if self.lm_head is None:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
@@ -60,7 +59,7 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
     store, *_ = next(rendezvous("env://", timeout=timeout))
     # torchrun keeps its store over restarts: without a name of its own, an attempt would read the
     # addresses of ranks that are gone.
-    own = PrefixStore(f"attempt_{restarts()}", store)
+    own = dist.PrefixStore(f"attempt_{restarts()}", store)  # type: ignore[attr-defined]
     dist.init_process_group(
         _BACKENDS[device.type], store=own, rank=rank(), world_size=world_size(), timeout=timeout
     )

@@ -146,7 +146,7 @@ class _Checkpointer:
         """
         size = sum(stored_bytes(parameter) for parameter in model.parameters())
         check_disk_space(target.parent, size)
-        config = torchao_config(quantizer, model.embed_tokens.weight.device)
+        config = torchao_config(quantizer, model.device)
         publish_quantized(target, model, describe_config(config), self.source_dir)
         log.info("Model checkpoint of size %s saved to %s", told_size(size), target)
 

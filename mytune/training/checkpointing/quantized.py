@@ -127,7 +127,7 @@ def publish_quantized(
         NumericalError: a weight or scale is not finite.
         ResourceError: the disk is full, read-only or faulty.
     """
-    dtype, device = model.embed_tokens.weight.dtype, model.embed_tokens.weight.device
+    dtype, device = model.dtype, model.device
     what = {
         "quantizer": quantizer["_type"],
         "config": quantizer,
