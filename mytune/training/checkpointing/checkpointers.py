@@ -249,7 +249,7 @@ class _Checkpointer:
         def write() -> None:
             with publishing:
                 for stem, each in pieces.items():
-                    write_pieces(draft, stem, each)
+                    write_pieces(draft, stem, each, finite=stem == MODEL)
                 if state is not None and rank() == 0:
                     draft.add_bytes(STATE, to_json(state))
             if rank() == 0:

@@ -55,16 +55,16 @@ def own_pieces(tensors: Mapping[str, Tensor], *, copy: bool = False) -> Pieces:
     return Pieces(part, rows)
 
 
-def write_pieces(draft: Draft, stem: str, pieces: Pieces) -> None:
+def write_pieces(draft: Draft, stem: str, pieces: Pieces, finite: bool = False) -> None:
     """Write this rank's piece; the first rank waits for the others' and puts all on record.
 
     Raises:
-        NumericalError: a number is not finite.
+        NumericalError: a number is not finite, and all must be `finite`.
     """
     if not pieces.is_ours:
         return
     name = pieces.file(stem, pieces.part.index)
-    for key, tensor in pieces.tensors.items():
+    for key, tensor in pieces.tensors.items() if finite else ():
         if tensor.is_floating_point():
             demand_finite(key, tensor)
     draft.add_tensors(name, pieces.tensors)
