@@ -10,7 +10,7 @@ demo: .venv/demo
 	$(BIN)/python docs/demo.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 lint: .venv/dev
 	$(BIN)/ruff check .

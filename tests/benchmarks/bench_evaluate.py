@@ -57,7 +57,7 @@ CASES = [
     Case("wide", "loglikelihood", "fp32", 1, 4, 5),
     Case("deep", "loglikelihood", "fp32", 2, 8, 5),
     Case("deep", "loglikelihood", "bf16", 0, 8, 5),
-    Case("deep", "generate_until", "fp32", 4, 16, 5),
+    Case("deep", "generate_until", "fp32", 8, 16, 5),
     Case("deep", "generate_until", "bf16", 0, 16, 5),
 ]
 DEEP = replace(SHAPES["deep"], vocab_size=768)
