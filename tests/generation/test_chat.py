@@ -206,9 +206,10 @@ class Terminal:
         One is not always enough: Python does not see a signal that comes just before it waits for
         a key.
         """
-        for _ in range(20):
-            self.type("\x03")
-            time.sleep(0.5)
+        for tenth in range(300):
+            if tenth % 100 == 0:  # ending takes a while, and another one would then kill it
+                self.type("\x03")
+            time.sleep(0.1)
             process, status = os.waitpid(self.process, os.WNOHANG)
             if process:
                 self.process = 0
