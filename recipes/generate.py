@@ -128,12 +128,12 @@ def main(cfg: Config) -> int:
         log.warning("the text will end at the model's %d positions", model.config.max_seq_len)
 
     model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
-    bytes_read = bytes_per_token(model)
     streamed = cfg.prompt_file is None and cfg.num_samples == 1 and not cfg.logprobs
     if cfg.compile:  # which lays weights out by itself, and cannot look into packed ones
         log.info("compiling the step for one token with the first ones; this takes a while")
     else:
         pack_linears(model, 1 if streamed else cfg.batch_size * cfg.num_samples)
+    bytes_read = bytes_per_token(model)
 
     settings: dict[str, Any] = {
         "max_new_tokens": cfg.max_new_tokens,
@@ -276,6 +276,7 @@ def write(answers: Iterator[tuple[int, dict[str, Any]]]) -> tuple[int, bool]:
 def bytes_per_token(model: Decoder) -> int:
     """Return the bytes of weights that a step reads: all but an embedding that is no head."""
     size = sum(stored_bytes(parameter) for parameter in model.parameters())
+    size += sum(getattr(module, "nbytes", 0) for module in model.modules())  # packed ones
     return size if model.lm_head is None else size - stored_bytes(model.embed_tokens.weight)
 
 

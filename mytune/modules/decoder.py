@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from mytune.modules.derived import Derived, normed, project, swiglu
+from mytune.modules.derived import Derived, normed, project, project_each, swiglu
 from mytune.modules.masks import Mask, attend_blocks
 
 
@@ -108,12 +108,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_dim, config.embed_dim, bias=False)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [b, h, s, e]
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [b, h, s, e]
 
     def forward(self, x: Derived, rope: Rope, mask: Mask | None, cache: Cache | None) -> Tensor:
-        q = rotate(self._heads(project(self.q_proj, x)), rope)
-        k = rotate(self._heads(project(self.k_proj, x)), rope)
-        v = self._heads(project(self.v_proj, x))
+        q, k, v = map(self._heads, project_each((self.q_proj, self.k_proj, self.v_proj), x))
+        q, k = rotate(q, rope), rotate(k, rope)
         if isinstance(mask, BlockMask):
             return self.o_proj(attend_blocks(q, k, v, mask).transpose(1, 2).flatten(2))
         if cache is not None:
@@ -156,7 +155,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_dim, config.embed_dim, bias=False)
 
     def forward(self, x: Derived) -> Tensor:
-        hidden = swiglu(project(self.gate_proj, x), project(self.up_proj, x))
+        hidden = swiglu(*project_each((self.gate_proj, self.up_proj), x))
         return project(self.down_proj, hidden)
 
 

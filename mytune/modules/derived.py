@@ -8,7 +8,7 @@ product of matrices is done twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -151,3 +151,9 @@ def project(linear: nn.Module, x: Derived) -> Tensor:
     else:
         y = linear(x.value)
     return y
+
+
+def project_each(linears: Sequence[nn.Module], x: Derived) -> Iterable[Tensor]:
+    """Return linear(x) of each linear; those that are joined for inference take one product."""
+    joined: Callable[[Tensor], Iterable[Tensor]] | None = getattr(linears[0], "joined", None)
+    return joined(x.value) if joined else [project(linear, x) for linear in linears]

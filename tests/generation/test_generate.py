@@ -7,7 +7,7 @@ import torch
 
 from mytune.errors import ConfigError, NumericalError
 from mytune.generation import generate, pack_linears
-from mytune.generation.packing import PackedLinear, TransposedLinear, _works
+from mytune.generation.packing import HalfLinear, Joined, PackedLinear, _works, fits_half
 from tests.generation.conftest import VARIED
 from tests.hf import twins
 
@@ -44,42 +44,71 @@ def test_greedy_equals_transformers(shape, packed):
     assert len(set(expected)) > 30
 
 
+def rounded_twins(**sizes):
+    """A model and a copy, with numbers of a checkpoint in bfloat16."""
+    return [twins(**sizes)[0].bfloat16().float() for _ in range(2)]
+
+
 def pack_for(capability, model, monkeypatch, dtype=torch.float32):
-    """Pack linears as for a CPU with AVX2 or AVX-512, and count the packed ones."""
+    """Pack linears as for a CPU with AVX2 or AVX-512; count those of each kind, but for parts."""
     if capability == "AVX512" and not _works(dtype):
         pytest.skip(f"this CPU has no packed linears in {dtype}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     pack_linears(model)
-    return sum(isinstance(m, PackedLinear | TransposedLinear) for m in model.modules())
+    kinds = (PackedLinear, HalfLinear, Joined, torch.nn.Linear)
+    return tuple(sum(type(module) is kind for module in model.modules()) for kind in kinds)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    ("capability", "count"),
+    ("capability", "dtype", "kinds"),
     [
-        ("AVX512", {torch.float32: 3 * 7 + 1, torch.bfloat16: 3 * 7 + 1}),
-        ("AVX2", {torch.float32: 3 * 2 + 1, torch.bfloat16: 0}),  # gate_proj, up_proj; the head
+        # In each of 3 blocks q, k and v are one product, gate and up another; o, down; the head.
+        ("AVX2", torch.float32, (0, 3 * 4 + 1, 3 * 2, 0)),
+        ("AVX2", torch.bfloat16, (0, 3 * 4 + 1, 3 * 2, 0)),
+        ("AVX512", torch.float32, (0, 3 * 4 + 1, 3 * 2, 0)),
+        ("AVX512", torch.bfloat16, (3 * 7 + 1, 0, 0, 0)),
     ],
 )
-def test_packed_linears_compute_the_same(capability, count, dtype, monkeypatch):
-    plain, packed = (twins()[0].to(dtype) for _ in range(2))
-    assert pack_for(capability, packed, monkeypatch, dtype) == count[dtype]
-    tokens = torch.arange(20)[None]
+def test_packed_linears_compute_the_same(capability, dtype, kinds, tied, monkeypatch):
+    plain, packed = rounded_twins(tie_word_embeddings=tied)
+    packed.to(dtype)
+    assert pack_for(capability, packed, monkeypatch, dtype) == kinds
+    tokens, x = torch.arange(20)[None], torch.randn(1, 3, 64, dtype=dtype)
     with torch.inference_mode():
-        torch.testing.assert_close(
-            packed(tokens).float(),
-            plain(tokens).float(),
-            rtol=0,
-            atol=2e-6 if dtype is torch.float32 else 2e-2,
-        )
+        exact, ours, k = plain(tokens), packed(tokens), packed.layers[1].attn.k_proj(x)
+        plain.to(dtype)
+        error = (plain(tokens) - exact).norm()  # 0 in float32
+        assert (ours - exact).norm() <= 1.2 * error + 1e-6 * exact.norm()
+        torch.testing.assert_close(k, plain.layers[1].attn.k_proj(x))
 
 
-def test_a_tied_head_is_packed_beside_the_embedding(monkeypatch):
-    plain, packed = (twins(tie_word_embeddings=True)[0] for _ in range(2))
-    assert pack_for("AVX2", packed, monkeypatch) == 3 * 2 + 1
-    tokens = torch.arange(20)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(packed(tokens), plain(tokens), rtol=0, atol=2e-6)
+def test_float32_that_is_no_rounded_bfloat16_is_not_kept_in_half(monkeypatch):
+    model, _ = twins()
+    assert pack_for("AVX2", model, monkeypatch) == (0, 0, 0, 3 * 7 + 1)
+    model.layers[1].mlp.down_proj.weight.data.copy_(torch.ones(64, 96))
+    model.layers[1].mlp.up_proj.weight.data.copy_(torch.ones(96, 64))  # but gate_proj is not fit
+    assert pack_for("AVX2", model, monkeypatch) == (0, 2, 0, 3 * 7 + 1 - 2)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 1e-9, 1.0, 2.0**100])
+def test_numbers_of_any_size_fit_half_if_bfloat16_rounded_them(scale):
+    weight = (torch.randn(700, 300) * scale).bfloat16()
+    assert fits_half(weight)
+    assert fits_half(weight.float())
+    x = torch.randn(5, 300)
+    expected = x @ weight.float().T
+    assert (HalfLinear(weight)(x) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert not fits_half(weight.float() * 1.001)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_damaged_weights_do_not_fit_half(odd):
+    weight = torch.ones(8, 8)
+    assert fits_half(weight)
+    assert fits_half(torch.zeros(8, 8))
+    weight[3, 4] = odd
+    assert not fits_half(weight)
 
 
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it():
