@@ -53,7 +53,7 @@ class HalfLinear(nn.Module):
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight.detach() * scale, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        product = torch.ops.quantized.linear_dynamic_fp16(x * self._unscale, self._packed)
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x * self._unscale, self._packed)
         return product.to(x.dtype)
 
 
@@ -93,7 +93,8 @@ class Joined(nn.Module):
         self._linear = HalfLinear(torch.cat([weight.detach() for weight in weights]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self._linear(x).split(self._sizes, dim=-1)
+        parts: tuple[Tensor, ...] = self._linear(x).split(self._sizes, dim=-1)
+        return parts
 
 
 class Part(nn.Module):
@@ -104,7 +105,8 @@ class Part(nn.Module):
         self.joined, self._index = joined, index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.joined(x)[self._index]
+        part: Tensor = self.joined(x)[self._index]
+        return part
 
 
 def pack_linears(model: Decoder, batch_size: int = 1) -> None:
