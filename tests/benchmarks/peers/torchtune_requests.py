@@ -37,9 +37,10 @@ def main(settings: dict[str, Any]) -> None:
     model.load_state_dict(checkpointer.load_checkpoint()[training.MODEL_KEY])
 
     def without_gpt2(self: Any, *args: Any, device: str = "cpu", **settings: Any) -> None:
-        self._device, self._rank, self._world_size = torch.device(device), 0, 1
-        self.logits_cache, self.batch_sizes, self.softmax_dtype = True, {}, None
-        self.backend, self.revision, self.pretrained = "causal", "main", "none"
+        super(HFLM, self).__init__()
+        self._device = torch.device(device)
+        self.backend, self.batch_sizes, self.logits_cache = "causal", {}, True
+        self.enable_thinking = self.softmax_dtype = self.mixed_precision_dtype = None
 
     HFLM.__init__ = without_gpt2
     tokenizer = Llama3Tokenizer(settings["tiktoken"])
