@@ -16,6 +16,7 @@ _ENVIRONMENT = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the disk is read-only",
+    errno.EFBIG: "a file would be larger than its limit (ulimit -f, or the disk's)",
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
 }

@@ -54,11 +54,11 @@ class Case(NamedTuple):
 
 CASES = [
     Case("stories260K", "loglikelihood", "fp32", 10, 817, 1),
-    Case("wide", "loglikelihood", "fp32", 1, 4, 5),
-    Case("deep", "loglikelihood", "fp32", 2, 8, 5),
-    Case("deep", "loglikelihood", "bf16", 0, 8, 5),
-    Case("deep", "generate_until", "fp32", 8, 16, 5),
-    Case("deep", "generate_until", "bf16", 0, 16, 5),
+    Case("wide", "loglikelihood", "fp32", 1, 4, 3),
+    Case("deep", "loglikelihood", "fp32", 2, 8, 3),
+    Case("deep", "loglikelihood", "bf16", 0, 4, 3),
+    Case("deep", "generate_until", "fp32", 8, 16, 3),
+    Case("deep", "generate_until", "bf16", 0, 16, 3),
 ]
 DEEP = replace(SHAPES["deep"], vocab_size=768)
 

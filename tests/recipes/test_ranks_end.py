@@ -85,6 +85,28 @@ def test_r9_a_rank_that_dies_or_hangs_ends_the_run(start, tmp_path, what):
     assert left_over(tmp_path) == []
 
 
+FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))"
+
+
+def test_r10_a_rank_that_cannot_write_costs_only_the_new_checkpoint(start, run, config):
+    config |= {"save_every_n_steps": 1, "batch_size": 4, "data_parallel_shard_dim": -1}
+    config["enable_async_checkpointing"] = True
+    expected = run({**config, "output_dir": config["output_dir"] + "_alone", "batch_size": 8})
+    process = start("--nproc_per_node=2", line=SICK.format(when="", what=FULL_DISK))
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 5, err
+    assert "error: a file would be larger than its limit" in err
+    assert "/recipe_state/optimizer-00002-of-00002.safetensors" in err
+    assert [path.name for path in Path(config["output_dir"]).glob("step_?")] == ["step_1"]
+    process = start("--nproc_per_node=2", overrides=["resume_from_checkpoint=True"])
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 0 and "step_1, after step 1" in err, err
+    assert list(Path(config["output_dir"]).glob("*.tmp-*")) == []
+    lines = Path(config["output_dir"], "metrics.jsonl").read_text().splitlines()
+    for a, b in zip(curve([json.loads(line) for line in lines]), curve(expected), strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
 def test_ranks_that_torchrun_starts_anew_go_on_from_the_last_checkpoint(
     start, run, config, tmp_path
 ):

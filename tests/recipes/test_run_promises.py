@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mytune.training import checkpointing
+from mytune.training.checkpointing import checkpointers
 from tests.recipes.conftest import LORA, curve
 
 MODELS = {"full": {}, "lora": {"model": {**LORA, "lora_dropout": 0.1}}}
@@ -79,6 +81,30 @@ def test_r1_adapters_alone_are_enough_to_go_on(run, config):
     assert curve(resumed) == curve(expected)
     saved = {p.name for p in Path(config["output_dir"], "epoch_1").iterdir()}
     assert "adapter" in saved and not any(name.endswith(".safetensors") for name in saved)
+
+
+def test_r10_what_fails_in_the_background_is_told_and_costs_only_its_checkpoint(
+    run, config, monkeypatch, capsys
+):
+    config |= {"save_every_n_steps": 1, "max_steps_per_epoch": 4}
+    config["enable_async_checkpointing"] = True
+    straight = {**config, "output_dir": config["output_dir"] + "_straight"}
+    expected = run(straight)
+    write, written = checkpointers.write_pieces, []
+
+    def failing(draft, stem, *arguments, **settings):
+        written.append(stem)
+        if len(written) > 3:  # the model of step 2, after the optimizer
+            raise OSError(errno.ENOSPC, "No space left on device", stem)
+        return write(draft, stem, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointers, "write_pieces", failing)
+        run(config, code=5)
+    assert "No space left on device" in capsys.readouterr().err
+    assert [p.name for p in Path(config["output_dir"]).glob("*step_*")] == ["step_1"]
+    assert curve(run(config, "resume_from_checkpoint=True")) == curve(expected)
+    assert_same_files(straight["output_dir"] + "/epoch_0", config["output_dir"] + "/epoch_0")
 
 
 def test_a_finished_run_can_be_extended(run, config):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -177,10 +178,21 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Tell which file an error is about: a failed write does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 class HashedFile:
     """A new file that hashes what is written; it only grows: there is no seeking."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
         self._discarded = False
@@ -190,7 +202,8 @@ class HashedFile:
         if self._discarded:  # a ZipFile writes its directory even when it is thrown away
             return len(data)
         self._hash.update(data)
-        self._file.write(data)
+        with _naming(self._path):
+            self._file.write(data)
         self.size += len(data)
         return len(data)
 
@@ -207,9 +220,10 @@ class HashedFile:
 
     def finish(self, tensors: Mapping[str, TensorSpec] | None = None) -> FileRecord:
         """Put everything on the disk and return what the manifest says of the file."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with _naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         return FileRecord(self.size, self._hash.hexdigest(), tensors or {})
 
 
