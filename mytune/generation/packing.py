@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -153,24 +154,27 @@ def _packed(weight: Tensor, rows: int) -> nn.Module | None:
     """Return the fastest linear for a weight, or None if that is the plain one."""
     if _is_for_half(weight):
         return HalfLinear(weight)
-    return PackedLinear(weight, rows) if _has_avx512() and _works(weight.dtype) else None
+    return (
+        PackedLinear(weight, rows) if _has_avx512() and _works(PackedLinear, weight.dtype) else None
+    )
 
 
 def _is_for_half(weight: Tensor) -> bool:
     """Say whether `HalfLinear` is the fastest: not for bfloat16 with AVX-512, which has it too."""
     if weight.dtype is torch.bfloat16 and _has_avx512():
         return False
-    return "fbgemm" in torch.backends.quantized.supported_engines and fits_half(weight)
+    return _works(HalfLinear, torch.float32) and fits_half(weight)
 
 
 def _has_avx512() -> bool:
     return not torch.backends.cpu.get_cpu_capability().startswith("AVX2")
 
 
-def _works(dtype: torch.dtype) -> bool:
-    """Say whether this torch on this CPU has `PackedLinear`'s operators for a dtype."""
+@cache
+def _works(kind: Callable[[Tensor], nn.Module], dtype: torch.dtype) -> bool:
+    """Say whether this torch on this CPU has the operators of a kind of linear for a dtype."""
     try:
-        linear = PackedLinear(torch.ones(16, 16, dtype=dtype))
+        linear = kind(torch.ones(16, 16, dtype=dtype))
         return bool((linear(torch.ones(1, 16, dtype=dtype)) == 16).all())
     except (AttributeError, RuntimeError):
         return False
