@@ -28,6 +28,9 @@ def parser() -> Parser:
     )
     parser.add_argument("checkpoint_dir", metavar="CHECKPOINT_DIR", help="model and tokenizer")
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to use with the model")
+    parser.add_argument(
+        "--recipe", metavar="FILE", default="chat", help="a copy of yours (tune cp chat FILE)"
+    )
     parser.add_config_arguments()
     return parser
 
@@ -42,8 +45,9 @@ def main(argv: list[str]) -> int:
     if args.adapter:
         settings["checkpointer.adapter_checkpoint"] = str(adapter_in(Path(args.adapter)))
     made = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    recipe = registry.ROOT / "recipes" / "chat.py"
-    job = Job(recipe, None, [*made, *args.overrides], args.allow_component)
+    job = Job(
+        registry.find_recipe(args.recipe), None, [*made, *args.overrides], args.allow_component
+    )
     prepare_torch()
     loaded = load(job)
     tell(loaded)

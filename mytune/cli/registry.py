@@ -53,6 +53,7 @@ _ROWS = [
     ("generate", "generate.py", ("generation", "*/generation")),
     ("eleuther_eval", "eleuther_eval.py", ("eleuther_evaluation", "*/evaluation")),
     ("quantize", "quantize.py", ("quantization", "*/quantization")),
+    ("chat", "chat.py", ()),  # `tune chat` makes its config
 ]
 RECIPES = {row[0]: Recipe(*row) for row in _ROWS}
 

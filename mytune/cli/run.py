@@ -115,7 +115,8 @@ def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
     built_in = registry.named_recipe(args.recipe)
     if built_in and not args.config:
         names = ", ".join(built_in.configs())
-        raise ConfigError(f"--config is missing: a YAML file, or one of {names}")
+        ready = f", or one of {names}" if names else f" (`tune {args.recipe}` makes one)"
+        raise ConfigError(f"--config is missing: a YAML file{ready}")
     owner = registry.recipe_of(args.config) if args.config in registry.configs() else None
     if built_in and owner and owner.file != recipe:
         right = f"tune run {owner.name} --config {args.config}"

@@ -140,6 +140,17 @@ def test_an_adapter_answers_as_generate_does(chat, base, adapter, tmp_path, capf
 
 
 @pytest.mark.data
+def test_a_copy_of_the_recipe_is_chatted_with(chat, tmp_path, capfd):
+    copy = tmp_path / "mine.py"
+    assert main(["cp", "chat", str(copy)]) == 0
+    copy.write_text(copy.read_text().replace("Type a message", "Say something"))
+    capfd.readouterr()
+    plain, mine = chat("Hello"), chat("Hello", words=["--recipe", copy])
+    assert mine.out == plain.out and "Say something" in mine.err
+    assert main(["run", "chat"]) == 2
+    assert "a YAML file (`tune chat` makes one)" in capfd.readouterr().err
+
+
 def test_metas_format_is_known_by_its_files(chat, data_dir):
     folders = [data_dir / "stories260K" / form for form in ("hf", "meta")]
     said = [chat("Once upon a time", folder=folder).out for folder in folders]
