@@ -22,7 +22,7 @@ from mytune.assets import ASSETS
 from mytune.config import instantiate
 from mytune.errors import ConfigError, ResourceError
 from mytune.generation import pack_linears
-from mytune.generation.packing import PackedLinear
+from mytune.generation.packing import Int8Linear
 from mytune.models import auto_model
 from mytune.modules import LinearCrossEntropyLoss
 from mytune.quantization import (
@@ -116,11 +116,26 @@ def test_a_quantized_head_has_the_same_loss_fused_or_not(base):
     assert torch.allclose(fused, expected, rtol=1e-6)
 
 
-def test_packing_leaves_quantized_linears_alone(base):
+def test_packed_8_bit_linears_compute_the_same(base):
+    exact = load(base, FP32, quantizer=Int8WeightOnlyQuantizer())
     model = load(base, quantizer=Int8WeightOnlyQuantizer())
+    tokens = some_tokens(512)
+    expected, plain = logits(exact, tokens), logits(model, tokens)
+    size = sum(stored_bytes(p) for p in model.parameters())
+    pack_linears(model)
+    assert sum(type(m) is Int8Linear for m in model.modules()) == 3 * 7 + 1
+    assert sum(stored_bytes(p) for p in model.parameters()) == size
+    packed = logits(model, tokens)
+    assert 0 < change(packed, expected) < 1.2 * change(plain, expected)
+
+
+@pytest.mark.parametrize("name", sorted(ON_CPU.keys() - {"int8"}))
+def test_packing_leaves_other_quantized_linears_alone(base, name):
+    model = load(base, quantizer=ON_CPU[name][0])
     expected = logits(model, some_tokens(512))
     pack_linears(model)
-    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    linears = {n: m for n, m in model.named_modules() if n.endswith(("proj", "head"))}
+    assert {type(m) for m in linears.values()} == {nn.Linear}
     assert torch.equal(logits(model, some_tokens(512)), expected)
 
 
