@@ -1,7 +1,7 @@
 """torchao's quantizers on a random Llama in bfloat16 on this CPU, as `tune run quantize` saves and
 `tune run generate` loads them: bytes of weights, perplexity of ids that the unquantized model drew
 itself (a random model knows no text), and greedy decoding of 64 ids after a prompt of 64, batch 1.
-All are loaded at once and take turns, one text each; the unquantized model's linears are packed.
+All are loaded at once, laid out as `tune run generate` does it, and take turns, one text each.
 Times are CPU seconds where there is one thread. What cannot run here is left out.
 """
 
@@ -47,7 +47,8 @@ def measure_model(shape: str, folder: Path, turns: int) -> list[Row]:
     text = drawn(load(folder / "base"))
     models = {"none": load(folder / "base"), **quantized(folder)}
     facts = {name: (size(model), perplexity(model, text)) for name, model in models.items()}
-    pack_linears(models["none"])
+    for model in models.values():
+        pack_linears(model)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(1 + turns):  # the first one warms up
         for name, model in models.items():
