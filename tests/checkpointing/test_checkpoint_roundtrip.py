@@ -98,15 +98,7 @@ def test_meta_files_come_back_with_the_same_keys_and_parts(
 
 def test_torchtunes_files_come_back(tmp_path: Path) -> None:
     meta = tiny.meta_state(tiny.hf_model(tiny.SIZES).state_dict(), tiny.SIZES)
-    renamed = {"attention.wq": "attn.q_proj", "attention.wk": "attn.k_proj"}
-    renamed |= {"attention.wv": "attn.v_proj", "attention.wo": "attn.output_proj"}
-    renamed |= {"feed_forward": "mlp", "attention_norm.weight": "sa_norm.scale"}
-    renamed |= {"ffn_norm.weight": "mlp_norm.scale"}
-    state = {}
-    for name, tensor in meta.items():
-        for theirs, ours in renamed.items():
-            name = name.replace(theirs, ours)
-        state["norm.scale" if name == "norm.weight" else name] = tensor
+    state = tiny.torchtune_state(meta)
     (tmp_path / "tt").mkdir()
     torch.save(state, tmp_path / "tt" / "torchtune_model_3.pt")
     saved = republished(

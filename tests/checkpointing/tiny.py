@@ -108,3 +108,17 @@ def our_model(config: DecoderConfig, weights: Mapping[str, Tensor]) -> Decoder:
     model = Decoder(config).eval()
     model.load_state_dict(dict(weights))
     return model
+
+
+def torchtune_state(meta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename Meta's weights as torchtune has them; it keeps their order of rows."""
+    renamed = {"attention.wq": "attn.q_proj", "attention.wk": "attn.k_proj"}
+    renamed |= {"attention.wv": "attn.v_proj", "attention.wo": "attn.output_proj"}
+    renamed |= {"feed_forward": "mlp", "attention_norm.weight": "sa_norm.scale"}
+    renamed |= {"ffn_norm.weight": "mlp_norm.scale"}
+    state = {}
+    for name, tensor in meta.items():
+        for theirs, ours in renamed.items():
+            name = name.replace(theirs, ours)
+        state["norm.scale" if name == "norm.weight" else name] = tensor
+    return state

@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 from mytune.assets import ASSETS
 from mytune.cli.main import main
+from tests.checkpointing.tiny import torchtune_state
 from tests.evaluation.conftest import run_lm_eval
 from tests.hf import tiny_llama
 
@@ -129,16 +130,47 @@ def test_loaded_weights_can_be_quantized(tune):
     assert before != after == pytest.approx(before, rel=0.02)
 
 
-@pytest.mark.data
-@pytest.mark.parametrize("form", ["hf", "meta"])
-def test_every_format_scores_alike(tune, data_dir, stories_pair, tasks_folder, form):
-    folder = data_dir / "stories260K" / form
-    checkpointer = {"hf": "FullModelHFCheckpointer", "meta": "FullModelMetaCheckpointer"}[form]
-    results, _, _ = tune(
+def test_a_quantized_checkpoint_is_evaluated(tune, base, tmp_path):
+    quantizer = "mytune.quantization.Int8WeightOnlyQuantizer"
+    in_memory, _, _ = tune("tasks=[rolling,choice]", f"quantizer={quantizer}")
+    folder = tmp_path / "int8"
+    config = ["run", "quantize", "--config", "quantization", f"quantizer={quantizer}"]
+    places = [f"checkpointer.checkpoint_dir={base}", f"output_dir={folder}", "device=cpu"]
+    model = ["model=mytune.models.auto_model", f"model.checkpoint_dir={base}", "dtype=fp32"]
+    model += [f"tokenizer.path={base / 'tokenizer.model'}"]
+    assert main([*config, *places, *model, "perplexity_file=null", "decode_tokens=0"]) == 0
+    folder /= "quantized"
+    saved, _, _ = tune(
+        "tasks=[rolling,choice]",
         f"model.checkpoint_dir={folder}",
-        f"checkpointer._component_=mytune.training.{checkpointer}",
         f"checkpointer.checkpoint_dir={folder}",
         f"tokenizer.path={folder / 'tokenizer.model'}",
+    )
+    assert saved["results"] == in_memory["results"]
+
+
+FORMATS = {
+    "hf": "FullModelHFCheckpointer",
+    "meta": "FullModelMetaCheckpointer",
+    "torchtune": "FullModelTorchTuneCheckpointer",
+}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_scores_alike(tune, data_dir, stories_pair, tasks_folder, tmp_path, form):
+    stories = data_dir / "stories260K"
+    if form == "torchtune":
+        (folder := tmp_path / form).mkdir()
+        weights = torchtune_state(torch.load(stories / "meta" / "consolidated.00.pth"))
+        torch.save(weights, folder / "torchtune_model_0.pt")
+    else:
+        folder = stories / form
+    results, _, _ = tune(
+        f"model.checkpoint_dir={stories / 'hf'}",
+        f"checkpointer._component_=mytune.training.{FORMATS[form]}",
+        f"checkpointer.checkpoint_dir={folder}",
+        f"tokenizer.path={stories / 'hf' / 'tokenizer.model'}",
     )
     wanted = expected(stories_pair, tasks_folder)
     assert results["results"]["choice"]["acc,none"] == wanted["acc,none"]
