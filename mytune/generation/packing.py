@@ -161,10 +161,10 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
     # Names, not modules: a list of those would keep every weight until the last one is packed.
     names = [name for name, module in model.named_modules() if _is_linear(name, module)]
     for name in names:
-        if packed := _packed(model.get_parameter(f"{name}.weight"), batch_size):
+        if packed := packed_linear(model.get_parameter(f"{name}.weight"), batch_size):
             model.set_submodule(name, packed)
     if model.lm_head is None:
-        model.lm_head = _packed(model.embed_tokens.weight, batch_size)  # type: ignore[assignment]
+        model.lm_head = packed_linear(model.embed_tokens.weight, batch_size)  # type: ignore[assignment]
 
 
 def _join(module: nn.Module, names: Sequence[str]) -> None:
@@ -184,7 +184,7 @@ def _is_linear(name: str, module: nn.Module) -> bool:
     return type(module) is nn.Linear and not is_adapter(name)
 
 
-def _packed(weight: Tensor, rows: int) -> nn.Module | None:
+def packed_linear(weight: Tensor, rows: int) -> nn.Module | None:
     """Return the fastest linear for a weight, or None if that is the plain one."""
     if is_int8(weight):
         return Int8Linear(weight)
