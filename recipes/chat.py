@@ -203,11 +203,13 @@ def tokenize(turns: list[Message], tokenizer: ModelTokenizer) -> list[int]:
 
 def answer(turns: list[Message], speaker: Speaker) -> None:
     """Print the answer to the last turn as it comes, and add it to the turns."""
-    prompt = make_room(turns, speaker)
-    if len(prompt) >= speaker.memory.length:
+    system = [turn for turn in turns if turn.role == "system"]
+    least = len(tokenize([*system, turns[-1]], speaker.tokenizer))
+    if least >= speaker.memory.length:
         turns.pop()
-        say(f"too long: {len(prompt)} tokens of {speaker.memory.length} that there is room for")
+        say(f"too long: {least} tokens of {speaker.memory.length} that there is room for")
         return
+    prompt = make_room(turns, speaker)
     stops = speaker.tokenizer.stop_tokens
     decoding = Decoding(
         speaker.model, [prompt], stop_tokens=stops, memory=speaker.memory, **speaker.settings

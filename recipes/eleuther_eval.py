@@ -23,7 +23,10 @@ from mytune.errors import ConfigError
 from mytune.evaluation import (
     check_batch_size,
     check_lm_eval,
+    check_output,
+    check_tasks,
     compare_results,
+    differing,
     evaluate,
     load_tasks,
     read_results,
@@ -115,12 +118,14 @@ def main(cfg: Config) -> None:
         tokenizer = instantiate(cfg.tokenizer)
         checkpointer = instantiate(cfg.checkpointer)
         base = base_checkpointer(cfg)
-        earlier = read_results(cfg.compare) if cfg.compare and not base else None
         log.info("Running evaluation on the following tasks: %s", list(cfg.tasks))
         tasks = load_tasks(cfg.tasks, cfg.include_path, cfg.num_fewshot)
+        earlier = read_results(cfg.compare, tasks["tasks"]) if cfg.compare and not base else None
 
         with torch.device("meta"):
             model = instantiate(cfg.model)
+        positions = model.config.max_seq_len
+        check_tasks(tasks, min(cfg.max_seq_length or positions, positions))
         results = measure(cfg, model, checkpointer, tokenizer, tasks, device, dtype)
         if base:
             log.info("Evaluating %s", cfg.compare)
@@ -134,6 +139,7 @@ def check(cfg: Config) -> None:
     """Refuse what can be known to be wrong before anything is loaded."""
     check_lm_eval()
     check_batch_size(cfg.batch_size)
+    check_output(cfg.output_dir, cfg.compare)
     for key in ("limit", "max_seq_length"):
         if (value := getattr(cfg, key)) is not None and not value > 0:
             raise ConfigError(f"{key} is {value}; it must be above 0, or null")
@@ -195,6 +201,8 @@ def report(cfg: Config, results: dict[str, Any], base: dict[str, Any] | None) ->
         print(results_table(results), flush=True)
         if base:
             print(compare_results(base, results), flush=True)
+            for line in differing(base, results):
+                log.warning("not measured alike: %s", line)
     written = write_results(cfg.output_dir, results, config_yaml(cfg), base)
     for what, path in written.items():
         log.info("%s: %s", what, path)

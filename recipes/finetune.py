@@ -24,7 +24,7 @@ import torch
 from mytune.config import Component, Components, component, config_yaml, instantiate
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
 from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
-from mytune.evaluation import evaluate_scores, load_tasks, refuse_generation
+from mytune.evaluation import check_tasks, evaluate_scores, load_tasks, refuse_generation
 from mytune.modules import (
     Decoder,
     adapter_config,
@@ -274,7 +274,9 @@ def main(cfg: Config) -> None:
 
         settings = settle(cfg, model, device, dtype, loader.dataset.pad_to or longest)
         refuse_sharded(cfg.optimizer, settings.shard_ranks)
-        refuse_generation(tasks, settings.shard_ranks)
+        if tasks:
+            check_tasks(tasks, model.config.max_seq_len)
+            refuse_generation(tasks, settings.shard_ranks)
         load_model(cfg, model, checkpointer, resumed, device, settings, seed)
         optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         in_backward = StepInBackward(optimizer) if cfg.optimizer_in_bwd else None
@@ -339,16 +341,7 @@ def main(cfg: Config) -> None:
             if val_loader and is_due(step, cfg.run_val_every_n_steps, otherwise=epoch_ends):
                 metrics["val_loss"] = validate(model, loss_fn, val_loader, device)
                 log.info("step %d: val_loss %.4f", step, metrics["val_loss"])
-            scores = {}
-            if tasks and is_due(step, cfg.eval_every_n_steps, otherwise=epoch_ends):
-                chat = cfg.eval_chat_template
-                scores = evaluate_scores(
-                    model, tokenizer, tasks, limit=cfg.eval_limit, chat_template=chat
-                )
-                log.info("step %d: %s", step, " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-                metrics |= scores
-                reshard(model)
-            if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics or scores:
+            if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics:
                 logger.log_dict(metrics, step)
             progress.update(step, loss_value, speed)
             profiler.step()
@@ -360,6 +353,14 @@ def main(cfg: Config) -> None:
                 save(name, cfg, checkpointer, model, optimizer, step, dtype, run, totals)
             if stopping:
                 break
+            # After saving: it takes a while, and a task may fail.
+            if tasks and is_due(step, cfg.eval_every_n_steps, otherwise=epoch_ends):
+                chat = cfg.eval_chat_template
+                scores = evaluate_scores(
+                    model, tokenizer, tasks, limit=cfg.eval_limit, chat_template=chat
+                )
+                log.info("step %d: %s", step, " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+                logger.log_dict(scores, step)
             lap = time.perf_counter()
         checkpointer.finish()
 

@@ -205,9 +205,11 @@ def read_prompts(
     rows, prompts, problems = [], [], []
     for where, row in open_source(file).read():
         try:
-            prompts.append(tokenize_row(row, tokenizer))
-            check_prompt(prompts[-1], config)
+            ids = tokenize_row(row, tokenizer)
+            check_prompt(ids, config)
+            check_row(row)
             rows.append(row)
+            prompts.append(ids)
         except (ConfigError, DataError) as error:
             problems.append(f"{where}: {error}")
     if len(problems) == 1:
@@ -228,6 +230,8 @@ def tokenize_row(row: Any, tokenizer: ModelTokenizer) -> list[int]:
             raise row
         case {"messages": _}:
             messages = OpenAIToMessages()(row)
+            if not messages:
+                raise DataError("messages is empty")
             if messages[-1].role == "assistant":
                 raise DataError("the last of the messages is the assistant's: nothing to answer")
             return tokenizer.tokenize_messages(messages, add_generation_prompt=True)[0]
@@ -236,6 +240,16 @@ def tokenize_row(row: Any, tokenizer: ModelTokenizer) -> list[int]:
         case {"user": str(user)}:
             return tokenize_prompt({"user": user, "system": row.get("system")}, tokenizer)
     raise DataError('a row is an object with "prompt", "messages", or "user" and perhaps "system"')
+
+
+def check_row(row: dict[str, Any]) -> None:
+    """Raise DataError for a row that cannot be written with its answer."""
+    if taken := sorted(row.keys() & {"completion", "ended", "sample", "tokens", "logprobs"}):
+        raise DataError(f"{', '.join(taken)}: the answer would replace it; rename it")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"it cannot be written as JSON: {error}") from None
 
 
 def answer(

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 from lm_eval.api.instance import Instance
@@ -63,9 +63,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         positions = model.config.max_seq_len
         self.max_length = min(max_seq_length or positions, positions)
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        self._special = re.compile(f"({'|'.join(map(re.escape, names))})")
+        special = re.compile(f"({'|'.join(map(re.escape, names))})")
         self._bos = tokenizer.decode([tokenizer.bos_id], skip_special_tokens=False)
-        self._encode = lru_cache(maxsize=64)(self._encode_text)  # a context comes with each answer
+        self._encode = lru_cache(maxsize=64)(partial(_encode, tokenizer, special))
 
     @property
     def eot_token_id(self) -> int:
@@ -89,16 +89,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         begins = string.startswith(self._bos)
         add_bos = not begins if add_special_tokens is None else add_special_tokens
         return ([self._tokenizer.bos_id] if add_bos else []) + self._encode(string)
-
-    def _encode_text(self, string: str) -> list[int]:
-        ids: list[int] = []
-        special = self._tokenizer.special_tokens
-        for piece in self._special.split(string):
-            if piece in special:
-                ids.append(special[piece])
-            elif piece:
-                ids += self._tokenizer.encode(piece, add_bos=False, add_eos=False)
-        return ids
 
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
@@ -194,17 +184,41 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _prompt(self, context: str, settings: dict[str, Any]) -> Prompt:
         """Return a context with what a task's `generation_kwargs` say."""
-        said = normalize_gen_kwargs(settings, _DEFAULT_NEW_TOKENS)
-        sampling = {name: said.pop(name) for name in _SAMPLING if said.get(name) is not None}
-        most, until, sampled = (said.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
-        if said:
-            raise ConfigError(
-                f"generation_kwargs: {', '.join(said)} is not supported; a task can use "
-                f"do_sample, until, max_gen_toks, {', '.join(_SAMPLING)}"
-            )
+        most, until, sampling = read_generation(settings)
         return Prompt(
-            ids=self.tok_encode(context),
-            max_new_tokens=most,
-            until=[stop for stop in until if stop],
-            sampling=cast(Sampling, {"temperature": 1.0, **sampling} if sampled else {}),
+            ids=self.tok_encode(context), max_new_tokens=most, until=until, sampling=sampling
         )
+
+
+# A context comes with each of its answers; what is cached holds no model.
+def _encode(tokenizer: ModelTokenizer, special: re.Pattern[str], string: str) -> list[int]:
+    ids: list[int] = []
+    for piece in special.split(string):
+        if piece in tokenizer.special_tokens:
+            ids.append(tokenizer.special_tokens[piece])
+        elif piece:
+            ids += tokenizer.encode(piece, add_bos=False, add_eos=False)
+    return ids
+
+
+def read_generation(settings: Mapping[str, Any]) -> tuple[int, list[str], Sampling]:
+    """Return the most new tokens, the stop strings and the sampling of `generation_kwargs`.
+
+    Raises:
+        ConfigError: it asks for what there is not.
+    """
+    said = normalize_gen_kwargs(dict(settings), _DEFAULT_NEW_TOKENS)
+    sampling = {name: said.pop(name) for name in _SAMPLING if said.get(name) is not None}
+    most, until, sampled = (said.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
+    if said.get("num_beams") == 1:
+        del said["num_beams"]
+    if said:
+        raise ConfigError(
+            f"generation_kwargs: {', '.join(said)} is not supported; a task can use "
+            f"do_sample, until, max_gen_toks, {', '.join(_SAMPLING)}"
+        )
+    if sampled:
+        sampling = {"temperature": 1.0, **sampling}
+    else:  # the one that greedy decoding knows, too
+        sampling = {k: v for k, v in sampling.items() if k == "repetition_penalty"}
+    return most, [stop for stop in until if stop], cast(Sampling, sampling)

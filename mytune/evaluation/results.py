@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ from mytune.errors import ConfigError
 from mytune.evaluation.harness import Results
 from mytune.training.distributed import rank
 from mytune.training.metric_logging import write_atomic
+
+log = logging.getLogger("mytune")
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
 _KEPT = "results groups group_subtasks versions n-shot n-samples higher_is_better".split()
@@ -41,6 +47,16 @@ def compare_results(base: Results, tuned: Results) -> str:
         *_compared(base, tuned),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def differing(base: Results, tuned: Results) -> list[str]:
+    """Return in which tasks, and how, two results were not measured alike."""
+    return [
+        f"{task}: {what} was {before} for the base and is {after}"
+        for what in ("versions", "n-shot", "n-samples")
+        for task, after in tuned.get(what, {}).items()
+        if (before := base.get(what, {}).get(task, after)) != after
+    ]
 
 
 def _compared(base: Results, tuned: Results) -> Iterator[list[str]]:
@@ -88,6 +104,8 @@ def write_results(
 ) -> dict[str, Path]:
     """Write `evaluation.json` and `evaluation.md`, on rank 0 only; return their paths by name.
 
+    Earlier ones stay, under names with a number.
+
     Args:
         config: YAML of the recipe's config, to be kept with the results.
         base: results of the base model, if it was measured too.
@@ -106,6 +124,7 @@ def write_results(
     held = {**kept, "base": base and base["results"], "config": config, "software": versions}
     written = {"results": folder / JSON, "summary": folder / MARKDOWN}
     text = json.dumps(held, indent=2, ensure_ascii=False, default=float)
+    _keep(written.values())
     write_atomic(written["results"], f"{text}\n".encode())
     parts = ["# Evaluation", results_table(results)]
     if base:
@@ -116,11 +135,41 @@ def write_results(
     return written
 
 
-def read_results(path: str | Path) -> Results:
-    """Read an earlier run's `evaluation.json`.
+def _keep(files: Iterable[Path]) -> None:
+    """Rename files that are there: the first to be kept of a name gets a 1, the next a 2."""
+    there = [file for file in files if file.exists()]
+    number = next(n for n in count(1) if not any(_numbered(file, n).exists() for file in there))
+    for file in there:
+        file.rename(_numbered(file, number))
+        log.info("earlier results are kept as %s", _numbered(file, number))
+
+
+def _numbered(file: Path, number: int) -> Path:
+    return file.with_stem(f"{file.stem}_{number}")
+
+
+def check_output(output_dir: str | Path, compare: str | None) -> None:
+    """Refuse a folder that cannot be written, and to replace the results to compare with.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError, OSError
+    """
+    folder = Path(output_dir).expanduser()
+    if compare is not None and Path(compare).expanduser().resolve() == (folder / JSON).resolve():
+        raise ConfigError(
+            f"compare names {folder / JSON}, and the results of this run would take its name: "
+            "choose another output_dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "cannot be written", str(folder))
+
+
+def read_results(path: str | Path, tasks: Collection[str]) -> Results:
+    """Read an earlier run's `evaluation.json`, to be compared with results of `tasks`.
+
+    Raises:
+        ConfigError: it is something else, or has other tasks.
     """
     file = Path(path).expanduser()
     try:
@@ -131,4 +180,9 @@ def read_results(path: str | Path) -> Results:
             f"compare: {file} holds no results of an earlier evaluation ({error!r}); it must be a "
             f"checkpoint directory, or the {JSON} of an earlier run"
         ) from error
+    if not found["results"].keys() & set(tasks):
+        raise ConfigError(
+            f"compare: {file} has results of {', '.join(found['results'])}, and of none of "
+            f"{', '.join(tasks)}: there would be nothing to compare"
+        )
     return found

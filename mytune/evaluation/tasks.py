@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +61,55 @@ def load_tasks(
     return loaded
 
 
-def refuse_generation(tasks: Tasks | None, ranks: int) -> None:
+def check_tasks(tasks: Tasks, positions: int) -> None:
+    """Refuse tasks that would fail once the model is asked, before its weights are loaded.
+
+    Args:
+        positions: of the longest context and answer together, in tokens.
+
+    Raises:
+        ConfigError: naming all of them.
+    """
+    problems = [
+        f"{name} {problem}"
+        for name, task in tasks["tasks"].items()
+        for problem in _problems(task, positions)
+    ]
+    if len(problems) == 1:
+        raise ConfigError(f"task {problems[0]}")
+    if problems:
+        raise ConfigError(f"{len(problems)} tasks cannot be measured", problems)
+
+
+def _problems(task: Any, positions: int) -> Iterator[str]:
+    from mytune.evaluation.adapter import read_generation
+
+    if getattr(task, "UNSAFE_CODE", False):
+        yield "runs code that the model writes, which is not supported"
+    if getattr(task, "MULTIMODAL", False):
+        yield "shows pictures or plays sounds, which is not supported"
+    if "bypass" in getattr(task, "_metric_fn_list", ()):
+        yield "has no score (its metric is bypass)"
+    if task.OUTPUT_TYPE == "generate_until":
+        try:
+            most, *_ = read_generation(task.get_config("generation_kwargs") or {})
+        except ConfigError as error:
+            yield f"has {error}"
+        else:
+            if most >= positions:
+                yield (
+                    f"generates up to {most} tokens, and max_seq_length (or the model) has room "
+                    f"for {positions}, with the question"
+                )
+
+
+def refuse_generation(tasks: Tasks, ranks: int) -> None:
     """Refuse tasks that generate text while `ranks` share the weights and each has its own texts.
 
     Raises:
         ConfigError: naming these tasks.
     """
-    named = tasks["tasks"].items() if tasks and ranks > 1 else ()
+    named = tasks["tasks"].items() if ranks > 1 else ()
     if found := [name for name, task in named if task.OUTPUT_TYPE == "generate_until"]:
         raise ConfigError(
             f"eval_tasks: {', '.join(found)} generates text, which ranks that share a model cannot "
@@ -82,7 +124,7 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
     folder = None if include_path is None else str(Path(include_path).expanduser())
     if folder is not None:
         own = TaskManager(include_path=folder, include_defaults=False)
-        if set(names) <= set(own.all_tasks):
+        if set(names) <= {*own.all_subtasks, *own.all_tags}:  # a group may hold others than these
             return own
     manager = TaskManager(include_path=folder)
     files = {name for name in names if name.endswith(".yaml") and Path(name).is_file()}

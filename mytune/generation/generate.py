@@ -149,10 +149,9 @@ class Decoding:
             self._reader = UncachedReader(model, pads)
 
     def stop(self, row: int) -> None:
-        """End a row after the tokens that it has."""
-        if self.rows[row].left:
-            self.rows[row].left = 0
-            self.rows[row].ended = "stop"
+        """End a row after the tokens that it has, even if they are all that it may have."""
+        self.rows[row].left = 0
+        self.rows[row].ended = "stop"
 
     def __iter__(self) -> Iterator[list[int | None]]:
         if not any(row.left for row in self.rows):

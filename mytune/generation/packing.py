@@ -108,6 +108,8 @@ def is_int8(weight: Tensor) -> bool:
     """Say whether a weight is of 8-bit numbers and a scale for each row, and nothing else."""
     if type(weight).__name__ != "Int8Tensor" or weight.dtype is not torch.bfloat16:
         return False
+    if weight.shape[1] % 64:  # the kernel reads whole vectors, beyond the end of others
+        return False
     inner = inner_tensors(weight)
     zeros = inner.pop("zero_point", None)
     rounded = getattr(weight, "act_quant_kwargs", None) is not None  # activations, too
@@ -202,7 +204,7 @@ def _is_for_half(weight: Tensor) -> bool:
 
 
 def _has_avx512() -> bool:
-    return not torch.backends.cpu.get_cpu_capability().startswith("AVX2")
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @cache

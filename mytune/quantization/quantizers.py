@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,16 +13,11 @@ from mytune.quantization.tensors import CLASSES
 from mytune.quantization.torchao import torchao
 
 _BF16_ONLY = ("PrototypeInt4WeightOnlyConfig", "Int4WeightOnlyConfig")
-_ANY_SHAPE = (64, 1024)  # every group divides it
+_ANY_SHAPE = (64, 1024)  # every usual group divides it
 
 
 class Quantizer:
-    """What a config's `quantizer` names. A config of torchao's may stand in its place.
-
-    `needs` says where it runs.
-    """
-
-    needs: ClassVar[str] = "any device"
+    """What a config's `quantizer` names. A config of torchao's may stand in its place."""
 
     def config(self, device: torch.device) -> Any:
         """Return torchao's config that does this on a device."""
@@ -54,12 +49,12 @@ class Int8DynActInt8WeightQuantizer(Quantizer):
 class Int4WeightOnlyQuantizer(Quantizer):
     """Weights in 4 bits, scale and zero for each `groupsize` of a row.
 
-    `inner_k_tiles` is torchtune's; torchao has only 8 left.
+    For bf16, on CUDA from capability 8.0 or on a CPU (groupsize 32, 64 or 128). `inner_k_tiles` is
+    torchtune's; torchao has only 8 left.
     """
 
     groupsize: int = 128
     inner_k_tiles: int = 8
-    needs: ClassVar[str] = "bf16; CUDA from capability 8.0, or a CPU (groupsize 32, 64 or 128)"
 
     def config(self, device: torch.device) -> Any:
         if self.inner_k_tiles != 8:
@@ -98,9 +93,10 @@ class Float8WeightOnlyQuantizer(Quantizer):
 
 @dataclass(frozen=True)
 class Float8DynActFloat8WeightQuantizer(Quantizer):
-    """Weights and activations in float8: float8 products, scales for each row and each token."""
+    """Weights and activations in float8: float8 products, scales for each row and each token.
 
-    needs: ClassVar[str] = "CUDA from capability 8.9"
+    On CUDA from capability 8.9.
+    """
 
     def config(self, device: torch.device) -> Any:
         configs = torchao("quantization")
@@ -180,10 +176,12 @@ def check_quantizer(
     try:
         try_config(config, _ANY_SHAPE, device, dtype)
     except Exception as error:
-        raise ResourceError(
-            f"{name} cannot run with torchao {_version()} on {device}: {_one_line(error)}",
-            [f"these can: {', '.join(runnable(device, dtype)) or 'none'}"],
-        ) from error
+        can = runnable(device, dtype)
+        if name not in can:  # else it is its settings that do not fit
+            raise ResourceError(
+                f"{name} cannot run with torchao {_version()} on {device}: {_one_line(error)}",
+                [f"these can: {', '.join(can) or 'none'}"],
+            ) from error
     try:
         kinds = {try_config(config, shape, device, dtype) for shape in shapes}
     except Exception as error:

@@ -126,6 +126,12 @@ def test_what_is_oldest_is_forgotten_when_there_is_no_room(chat, answers):
     assert len(out.splitlines()) == 3
 
 
+def test_a_message_that_never_fits_costs_nothing_of_what_was_said(chat, answers):
+    out, err = chat("Hello", "x" * 300, "How are you?", words=["max_seq_len=250"])
+    assert "too long" in err and "forgotten" not in err
+    assert out.splitlines() == answers("Hello", "How are you?")
+
+
 def test_an_adapter_answers_as_generate_does(chat, base, adapter, tmp_path, capfd):
     plain = chat("Hello").out
     adapted = chat("Hello", words=["--adapter", adapter]).out

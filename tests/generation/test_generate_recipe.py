@@ -201,7 +201,7 @@ def test_prompts_of_a_file_are_answered_in_batches(tune, base, tmp_path):
         {"user": "Tell me a joke.", "system": "Be brief."},
         {"prompt": {"user": "Hi"}},
         {"messages": [*chat, {"role": "user", "content": "And now?"}]},
-        {"user": "Hi", "completion": "replaced"},
+        {"user": "Hi", "reference": "Ho"},
     ]
     file = write_prompts(tmp_path, *rows)
     out, err = tune(f"prompt_file={file}", "batch_size=2")
@@ -259,6 +259,9 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
         {"user": 7},
         {"prompt": "long " * 40},
         {"messages": [{"role": "assistant", "content": "Hi"}]},
+        {"messages": []},
+        {"prompt": "a", "completion": "what it should be"},
+        {"prompt": "a", "note": "\ud800"},
     )
     with file.open("a") as more:
         more.write("not json\n")
@@ -269,7 +272,10 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
         (3, 'an object with "prompt"'),
         (4, "201 tokens"),
         (5, "assistant"),
-        (6, "not JSON"),
+        (6, "messages"),
+        (7, "completion: the answer would replace it"),
+        (8, "cannot be written as JSON"),
+        (9, "not JSON"),
     ]:
         assert re.search(rf"{re.escape(str(file))}:{row}: .*{why}", err)
     assert f"{file}:1:" not in err

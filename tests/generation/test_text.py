@@ -62,6 +62,9 @@ def test_completions_are_cut_at_stop_strings_and_their_rows_end_there():
     assert [each.text for each in found] == [text.partition(stop)[0] for text in texts]
     assert found[0].row.ended == "stop"
     assert len(found[0].row.tokens) < 60
+    most = len(found[0].row.tokens)  # the last one allowed completes the stop string
+    last = complete(model, prompts[:1], Bytes(), stop=[stop], max_new_tokens=most)
+    assert (last[0].text, last[0].row.ended) == (found[0].text, "stop")
     alone = complete(model, prompts[:1], Bytes(), stop=[stop], max_new_tokens=60)
     assert (
         alone[0].row.tokens == found[0].row.tokens == list(endless[0])[: len(found[0].row.tokens)]

@@ -22,7 +22,7 @@ from mytune.assets import ASSETS
 from mytune.config import instantiate
 from mytune.errors import ConfigError, ResourceError
 from mytune.generation import pack_linears
-from mytune.generation.packing import Int8Linear
+from mytune.generation.packing import Int8Linear, is_int8
 from mytune.models import auto_model
 from mytune.modules import LinearCrossEntropyLoss
 from mytune.quantization import (
@@ -123,10 +123,25 @@ def test_packed_8_bit_linears_compute_the_same(base):
     expected, plain = logits(exact, tokens), logits(model, tokens)
     size = sum(stored_bytes(p) for p in model.parameters())
     pack_linears(model)
-    assert sum(type(m) is Int8Linear for m in model.modules()) == 3 * 7 + 1
+    # Not down_proj, which has 96 inputs.
+    assert sum(type(m) is Int8Linear for m in model.modules()) == 3 * 6 + 1
     assert sum(stored_bytes(p) for p in model.parameters()) == size
     packed = logits(model, tokens)
     assert 0 < change(packed, expected) < 1.2 * change(plain, expected)
+
+
+def test_8_bit_rows_that_fill_no_vectors_are_left_to_torchao():
+    model = nn.Sequential(nn.Linear(172, 64, bias=False), nn.Linear(64, 172, bias=False)).to(BF16)
+    quantize_(model, Int8WeightOnlyConfig())
+    assert [is_int8(linear.weight) for linear in model] == [False, True]
+    x = torch.randn(5, 64, dtype=BF16)
+    assert change(Int8Linear(model[1].weight)(x), model[1](x)) < 0.01
+
+
+def test_groups_that_divide_no_row_are_told_as_such(base):
+    model, quantizer = load(base), Int8DynActInt4WeightQuantizer(100)
+    with pytest.raises(ConfigError, match="does not fit the model, whose linears are"):
+        check_quantizer(quantizer, model, CPU, BF16)
 
 
 @pytest.mark.parametrize("name", sorted(ON_CPU.keys() - {"int8"}))
