@@ -119,20 +119,19 @@ def is_int8(weight: Tensor) -> bool:
     return plain and inner["scale"].numel() == len(weight)
 
 
-class Joined(nn.Module):
-    """Linears of one input as one `HalfLinear`: returns what each of them would.
+class Joined(HalfLinear):
+    """Linears of one input as one: returns what each of them would.
 
     Args:
         weights: [out, in] of each.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__(torch.cat([weight.detach() for weight in weights]))
         self._sizes = [len(weight) for weight in weights]
-        self._linear = HalfLinear(torch.cat([weight.detach() for weight in weights]))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = self._linear(x).split(self._sizes, dim=-1)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        parts: tuple[Tensor, ...] = super().forward(x).split(self._sizes, dim=-1)
         return parts
 
 
