@@ -40,8 +40,9 @@ class HalfLinear(nn.Module):
     """A linear without bias, for inference on a CPU: its weight lies as float16, in FBGEMM's tiles.
 
     Products are computed in float32, and read half of what a float32 weight takes. On a CPU without
-    AVX-512 they were 1.3 to 3 times as fast as float32's with 1 row, 1.5 to 3 times with 8, and no
-    slower with 512; as bfloat16's 1.1 to 1.8 times with 1 row and 4 to 6 times with 8.
+    AVX-512 they were 1.2 to 3.5 times as fast as float32's with 1 row, 1.7 to 3.2 times with 8, and
+    as fast with 512; as bfloat16's 0.9 to 1.9 times with 1 row, 3 to 8 times with more: "Linears"
+    in docs/performance.md.
 
     Args:
         weight: [out, in], one that `fits_half`.
@@ -86,7 +87,7 @@ class Int8Linear(nn.Module):
     """A linear with torchao's 8-bit weight, for inference in bfloat16 on a CPU.
 
     Its bytes are multiplied as they are; torchao writes them out as bfloat16 for each product. On a
-    CPU without AVX-512 it was 2 to 5 times as fast, from 1 row to 256.
+    CPU without AVX-512 it was 2 to 12 times as fast, from 1 row to 512.
 
     Args:
         weight: [out, in], one that `is_int8`.
