@@ -22,7 +22,7 @@ ALLOWED = {
     "modules": {"quantization"},
     "models": {"modules", "quantization", "tokenizers"},
     "datasets": {"tokenizers", "config"},
-    "generation": {"modules", "tokenizers"},
+    "generation": {"modules", "quantization", "tokenizers"},
     "evaluation": {"modules", "tokenizers", "generation", "training"},
     "training": {"modules", "models", "quantization", "config", "tokenizers"},
     "assets": {"tokenizers"},
