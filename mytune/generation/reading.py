@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mytune.generation.kv_cache import KVCache
-from mytune.modules.decoder import Decoder
+from mytune.modules.decoder import Decoder, Rope, rope_angles
 
 _WARM_UP = 3  # steps before a CUDA graph is recorded: kernels are compiled and chosen in them
 
@@ -73,11 +73,11 @@ class StaticReader(CachedReader):
         self, model: Decoder, cache: KVCache, pads: Tensor | None = None, compile: bool = False
     ) -> None:
         super().__init__(model, cache, pads)
-        self._step: Callable[..., Tensor] = _static_step
+        self._block: Callable[..., Tensor] = _static_block
         if compile:
             # Products of one row with a matrix are tuned as the reading of memory that they are.
             options: dict[str, Any] = {"coordinate_descent_tuning": True}
-            self._step = torch.compile(_static_step, options=options)
+            self._block = torch.compile(_static_block, options=options)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -123,12 +123,33 @@ class StaticReader(CachedReader):
         return self._logits
 
     def _call(self) -> Tensor:
-        return self._step(self.model, self.cache.keys, self.cache.values, self._slots, self._inputs)
+        """Read one token per row; every shape and address is the same at every position."""
+        assert self._inputs is not None
+        token, slot, pads = self._inputs
+        rope = rope_angles(self.model.config, positions_of(slot, pads))
+        hidden = self.model.embed_tokens(token)
+        seen = padded_mask(slot, self._slots, pads)
+        mask = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill_(~seen, -torch.inf)
+        for layer, keys, values in zip(
+            self.model.layers, self.cache.keys, self.cache.values, strict=True
+        ):
+            hidden = self._block(layer, hidden, rope, mask, keys, values, slot)
+        return self.model.head(self.model.norm(hidden)[:, -1])
 
     def _record(self) -> None:
-        """Record a step; nothing is computed."""
+        """Record a step, if it can be: not if the CPU must wait for what the device has found."""
         with torch.cuda.device(self._slots.device):
             torch.cuda.synchronize()
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self._call()
+            except RuntimeError as error:
+                if "synchronizing" not in str(error):
+                    raise
+                return
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._logits = self._call()
@@ -136,30 +157,29 @@ class StaticReader(CachedReader):
 
 
 class _StaticKeys:
-    """A decoder's view of a cache in a static step: the slot is a tensor, all keys are seen."""
+    """A block's keys and values in a static step: the slot is a tensor, all keys are seen."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], slot: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, slot: Tensor) -> None:
         self._keys, self._values, self._slot = keys, values, slot
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._keys[layer], self._values[layer]
-        keys.index_copy_(2, self._slot, k)
-        values.index_copy_(2, self._slot, v)
-        return keys, values
+    def update(self, _: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self._keys.index_copy_(2, self._slot, k)
+        self._values.index_copy_(2, self._slot, v)
+        return self._keys, self._values
 
 
-def _static_step(
-    model: Decoder,
-    keys: list[Tensor],
-    values: list[Tensor],
-    slots: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor],
+def _static_block(
+    block: nn.Module,
+    hidden: Tensor,
+    rope: Rope,
+    mask: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot: Tensor,
 ) -> Tensor:
-    """Read one token per row; every shape and address is the same at every position."""
-    token, slot, pads = inputs
-    cache, mask = _StaticKeys(keys, values, slot), padded_mask(slot, slots, pads)
-    hidden = model(token, positions_of(slot, pads), mask, cache, output_hidden=True)
-    return model.head(hidden[:, -1])
+    """Run a block on one token per row. All blocks are alike, so it is compiled once."""
+    out: Tensor = block(hidden, rope, mask, _StaticKeys(keys, values, slot))
+    return out
 
 
 class UncachedReader:

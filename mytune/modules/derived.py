@@ -98,9 +98,10 @@ def normed(norm: nn.RMSNorm, x: Tensor) -> Derived:
 def dropped(x: Derived, rate: float) -> Derived:
     """Return `x` after dropout; a mask is kept beside the sources of `x`."""
     value, mask = torch.native_dropout(x.value, rate, True)
+    whole = x.make  # `x` itself would keep its value
 
     def make(mask: Tensor, *sources: Tensor) -> Tensor:
-        return torch.ops.aten.native_dropout_backward(x.make(*sources), mask, 1 / (1 - rate))
+        return torch.ops.aten.native_dropout_backward(whole(*sources), mask, 1 / (1 - rate))
 
     return Derived(value, make, (mask, *(x.sources or (x.value,))))
 

@@ -80,8 +80,8 @@ class _LoRA(nn.Module):
         x = x if isinstance(x, Derived) else Derived(x)
         y = super().forward(x.value)
         low = product(self._dropout(x), self.lora_A.weight)
-        high = F.linear(low, self.lora_B.weight.to(low.dtype))
-        y = torch.add(y, high, alpha=self.lora.scaling)
+        # Scaled where it is small: else the gradient, too, is written out once more, in full width.
+        y = y + F.linear(low * self.lora.scaling, self.lora_B.weight.to(low.dtype))
         if self.lora_magnitude_vector is None:
             return y
         # The norm is a constant to the gradient, as in DoRA's paper (section 4.3).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mytune.modules.masks import packed_mask
 from mytune.quantization.nf4 import NF4Embedding, NF4Linear
 
 IGNORE_INDEX = -100
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -31,19 +33,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.dtypes = hidden.dtype, weight.dtype
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
-            picked = labels[rows, None]
-            log_p = _logits(hidden[rows], weight).log_softmax(-1, dtype=torch.float32)
-            loss -= log_p.gather(-1, picked).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            grad = log_p.exp_()
-            grad.scatter_add_(-1, picked, torch.full_like(grad[:, :1], -1.0))
-            grad = grad.to(hidden.dtype)
+            part, grad = _loss_and_gradient(
+                hidden[rows], weight, labels[rows], needs_hidden or needs_weight
+            )
+            loss += part
             if needs_hidden:
                 _grad_hidden(grad, weight, out=ctx.grad_hidden[rows])
             if needs_weight:
                 _add_product(ctx.grad_weight, grad.T, hidden[rows])
-            del log_p, grad  # before the next chunk's logits are made
+            del grad  # before the next chunk's logits are made
         return loss
 
     @staticmethod
@@ -56,6 +54,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ]
         del ctx.grad_hidden, ctx.grad_weight
         return grads[0], grads[1], None, None
+
+
+def _loss_and_gradient(
+    hidden: Tensor, weight: Tensor | NF4Linear, labels: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the summed cross entropy of a chunk, and the gradient [n, v] of its logits.
+
+    Without `gradient` there is none; something else is returned.
+    """
+    logits = _logits(hidden, weight)
+    if logits.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling():
+        from mytune.modules.loss_triton import cross_entropy_kernel
+
+        return cross_entropy_kernel(logits, labels, gradient), logits
+    dtype, picked = logits.dtype, labels[:, None]
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    del logits
+    loss = -log_p.gather(-1, picked).sum()
+    if not gradient:
+        return loss, log_p
+    grad = log_p.exp_()
+    grad.scatter_add_(-1, picked, torch.full_like(grad[:, :1], -1.0))
+    return loss, grad.to(dtype)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

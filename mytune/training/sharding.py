@@ -16,7 +16,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from mytune.errors import ConfigError
+from mytune.errors import ConfigError, ResourceError
 from mytune.modules.decoder import Decoder
 from mytune.training.distributed import world_size
 
@@ -66,9 +66,17 @@ def shard_model(
         replicate: groups of ranks that hold the same.
         reshard_after_forward: let go of a block's gathered weights until the backward pass.
         cpu_offload: keep weights, gradients and optimizer state in the CPU's memory.
+
+    Raises:
+        ResourceError: 4-bit weights, and a torch that cannot share them out.
     """
     if shard == 1:
         return
+    if torch.__version__ < "2.12" and not all(p.is_floating_point() for p in model.parameters()):
+        raise ResourceError(
+            f"torch {torch.__version__} cannot share 4-bit weights among ranks; install torch 2.12 "
+            "or newer, or let every rank hold them all with data_parallel_shard_dim=1"
+        )
     mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("copy", "shard"))
     mesh = mesh if replicate > 1 else mesh["shard"]
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)

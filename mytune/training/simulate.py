@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mytune.modules import loss as losses
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
 from mytune.quantization import nf4
@@ -220,9 +221,8 @@ def kernels_of(device: str, compiled: bool = False) -> Iterator[None]:
 
     Compiled, only products and attention are kernels of a library.
     """
-    stand_ins = [(F, name, function) for name, function in (_CPU if device == "cpu" else _CUDA)]
+    stand_ins = _CPU if device == "cpu" else _CUDA
     stand_ins = [each for each in stand_ins if not (compiled and each[1] == "rms_norm")]
-    stand_ins.append((nf4, "dequantize_nf4", _dequantize_at_once))
     own = [(where, name, getattr(where, name)) for where, name, _ in stand_ins]
     try:
         for each in stand_ins:
@@ -303,9 +303,23 @@ def _dequantize_at_once(
     return codes.new_empty(shape, dtype=dtype)
 
 
-_CPU = [("scaled_dot_product_attention", _cpu_attention)]
-_CUDA = [
-    ("scaled_dot_product_attention", _cuda_attention),
-    ("rms_norm", _fused_norm),
-    ("dropout", _fused_dropout),
+def _loss_in_place(
+    hidden: Tensor, weight: Tensor | NF4Linear, labels: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits whose gradient takes their place."""
+    logits = losses._logits(hidden, weight)
+    return logits.new_empty((), dtype=torch.float32), logits
+
+
+_DEQUANTIZE = (nf4, "dequantize_nf4", _dequantize_at_once)
+_CPU: list[tuple[Any, str, Any]] = [
+    (F, "scaled_dot_product_attention", _cpu_attention),
+    _DEQUANTIZE,
+]
+_CUDA: list[tuple[Any, str, Any]] = [
+    (F, "scaled_dot_product_attention", _cuda_attention),
+    (F, "rms_norm", _fused_norm),
+    (F, "dropout", _fused_dropout),
+    (losses, "_loss_and_gradient", _loss_in_place),
+    _DEQUANTIZE,
 ]

@@ -201,18 +201,20 @@ class Terminal:
     """A chat in a terminal of its own."""
 
     def __init__(self, *words):
+        self._unread = ""
         self.process, self._fd = pty.fork()
         if not self.process:
             os.execv(sys.executable, [sys.executable, "-m", "mytune", "chat", *words])
 
     def expect(self, text, timeout=60):
         """Read until `text` has come; return what was read."""
-        seen, end = "", time.monotonic() + timeout
-        while text not in seen:
+        end = time.monotonic() + timeout
+        while text not in self._unread:
             ready = select.select([self._fd], [], [], max(0, end - time.monotonic()))[0]
-            assert ready, f"{text!r} did not come: {seen[-2000:]!r}"
-            seen += os.read(self._fd, 4096).decode(errors="replace")
-        return seen
+            assert ready, f"{text!r} did not come: {self._unread[-2000:]!r}"
+            self._unread += os.read(self._fd, 4096).decode(errors="replace")
+        seen, found, self._unread = self._unread.partition(text)
+        return seen + found
 
     def type(self, text):
         os.write(self._fd, text.encode())

@@ -23,7 +23,7 @@ def test_a_conversation_reads_only_what_is_new(static):
     if static:
         memory.reader = StaticReader(model, memory.reader.cache)
     forwards = []
-    model.register_forward_hook(lambda module, args, out: forwards.append(args[0].shape[1]))
+    model.layers[0].register_forward_hook(lambda _, args, out: forwards.append(args[0].shape[1]))
     prompt = [1, 5, 9, 7]
     for question in ([20, 21, 22], [30], [40, 41, 42, 43, 44]):
         prompt += question

@@ -18,7 +18,7 @@ def static_reader(model, rows, length):
     return StaticReader(model, cache)
 
 
-def test_a_compiled_step_says_the_same_and_one_compilation_serves_every_position():
+def test_a_compiled_step_says_the_same_and_one_compilation_serves_every_block_and_position():
     model, _ = twins(**VARIED, num_hidden_layers=2)
     settings = {"max_new_tokens": 40, "repetition_penalty": 1.1}
     expected = generate_batch(model, PROMPTS, **settings)
@@ -32,17 +32,19 @@ def test_a_compiled_step_says_the_same_and_one_compilation_serves_every_position
 def test_every_step_reads_and_writes_the_same_memory():
     model, _ = twins()
     reader, seen = static_reader(model, 2, 20), []
-    step = reader._step
+    block = reader._block
 
-    def watched(model, keys, values, slots, inputs):
-        seen.append([tensor.data_ptr() for tensor in (*keys, *values, slots, *inputs)])
-        return step(model, keys, values, slots, inputs)
+    def watched(layer, hidden, rope, mask, *kept):
+        seen[-1] += [tensor.data_ptr() for tensor in kept]
+        return block(layer, hidden, rope, mask, *kept)
 
-    reader._step = watched
+    reader._block = watched
     reader.read(torch.ones(2, 5, dtype=torch.long))
     for token in range(6):
+        seen.append([tensor.data_ptr() for tensor in reader._inputs or ()])
         reader.read(torch.full((2, 1), token))
-    assert len(seen) == 6
+        assert len(seen[-1]) >= 3 * len(model.layers)
+    del seen[0]  # before there were inputs
     assert all(addresses == seen[0] for addresses in seen)
 
 

@@ -23,7 +23,7 @@ from mytune.training import FullModelHFCheckpointer, load_weights
 from mytune.training.checkpointing.formats import HF
 from tests.gpu import DEVICE, TINY
 from tests.gpu.flops import flop_per_token, seconds, wait
-from tests.gpu.parts import SIZES, RandomWeights, arguments, sizes
+from tests.gpu.parts import SIZES, RandomWeights, arguments, llama, sizes
 from tests.gpu.training import BATCH, LORA, SHORT, TIMED, WARM_UP, Row
 
 NEW_TOKENS = 16 if TINY else 256
@@ -127,26 +127,9 @@ def write(folder: Path, config: DecoderConfig) -> None:
 def transformers(length: int, recompute: bool, product_rate: float) -> Row:
     """Return speed and memory of LoRA by transformers and peft, its defaults, not compiled."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     length = SHORT if TINY else length
-    config = LlamaConfig(
-        vocab_size=SIZES.vocab_size,
-        hidden_size=SIZES.embed_dim,
-        intermediate_size=SIZES.intermediate_dim,
-        num_hidden_layers=SIZES.num_layers,
-        num_attention_heads=SIZES.num_heads,
-        num_key_value_heads=SIZES.num_kv_heads,
-        max_position_embeddings=SIZES.max_seq_len,
-        rope_theta=SIZES.rope_base,
-        use_cache=False,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with DEVICE:
-            model: Any = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = llama(SIZES, torch.bfloat16)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

@@ -21,7 +21,7 @@ from mytune.datasets.tokens import Stats
 from mytune.models.llama3 import LLAMA3_8B
 from mytune.modules.decoder import Decoder, DecoderConfig
 from mytune.training.metric_logging import MetricLogger
-from tests.gpu import TINY
+from tests.gpu import DEVICE, TINY
 
 # Llama 3 8B; its like for a CPU keeps every ratio that decides which code runs.
 SIZES = replace(
@@ -51,6 +51,31 @@ def arguments(config: DecoderConfig) -> dict[str, Any]:
     """Return what the generic Llama 3 builders need for these sizes."""
     names = "vocab_size num_layers num_heads num_kv_heads embed_dim intermediate_dim max_seq_len"
     return {name: getattr(config, name) for name in names.split()}
+
+
+def llama(config: DecoderConfig, dtype: torch.dtype) -> Any:
+    """Return transformers' model of these sizes on the device, with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_default_dtype(dtype)
+    try:
+        with DEVICE:
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=config.vocab_size,
+                    hidden_size=config.embed_dim,
+                    intermediate_size=config.intermediate_dim,
+                    num_hidden_layers=config.num_layers,
+                    num_attention_heads=config.num_heads,
+                    num_key_value_heads=config.num_kv_heads,
+                    max_position_embeddings=config.max_seq_len,
+                    rms_norm_eps=config.norm_eps,
+                    rope_theta=config.rope_base,
+                    use_cache=False,
+                )
+            )
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class RandomWeights(Mapping[str, Tensor]):

@@ -32,9 +32,9 @@ def build():
         return llama3(**SIZES).bfloat16()
 
 
-def batch(seed=0):
+def batch(seed=0, rows=4, length=1024):
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(512, (4, 1024), generator=generator).cuda()
+    tokens = torch.randint(512, (rows, length), generator=generator).cuda()
     return {"tokens": tokens, "labels": tokens.roll(-1, 1)}
 
 
@@ -48,13 +48,6 @@ def gradients(model, given, **offloading):
     loss.backward()
     peak = torch.cuda.max_memory_allocated() - before
     return [loss.detach(), *(p.grad for p in model.parameters())], peak
-
-
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
@@ -108,6 +101,7 @@ def test_recomputing_is_exact_and_compiles(deterministic, keep_products):
 
 
 def test_stepping_in_backward_is_exact_and_needs_less(deterministic):
+    """With few tokens: gradients are then most of what a step takes."""
     peaks, weights = [], []
     for in_backward in (False, True):
         model = build()
@@ -116,7 +110,7 @@ def test_stepping_in_backward_is_exact_and_needs_less(deterministic):
         for seed in range(3):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            LOSS(model, batch(seed)).backward()
+            LOSS(model, batch(seed, rows=1, length=64)).backward()
             optimizer.step()
             optimizer.zero_grad()
             peaks.append(torch.cuda.max_memory_allocated() - before)
@@ -124,7 +118,7 @@ def test_stepping_in_backward_is_exact_and_needs_less(deterministic):
         weights.append(model.state_dict())
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
-    assert peaks[-1] < peaks[2]
+    assert peaks[-1] < 0.6 * peaks[2]
 
 
 def go_on(optimizer, model, steps):

@@ -56,7 +56,8 @@ def test_saved_and_loaded_it_computes_the_same(base, tmp_path, kind):
     quantizer = kind()
     model = load(base, quantizer=quantizer)
     assert type(model.layers[0].attn.q_proj.weight) is not nn.Parameter
-    assert 0 < (logits(model) - expected).norm() / expected.norm() < 0.35
+    worst = 0.6 if "Int4" in kind.__name__ else 0.15  # a CPU's are 0.43 and 0.10
+    assert 0 < (logits(model) - expected).norm() / expected.norm() < worst
     FullModelHFCheckpointer(str(base)).save_quantized(tmp_path / "q", model, quantizer)
     again = load(tmp_path / "q")
     assert torch.equal(logits(again), logits(model))

@@ -23,7 +23,7 @@ from tests.recipes.conftest import (  # noqa: F401  # fixtures
 )
 
 QLORA = {**LORA, "_component_": "mytune.models.qlora_auto_model"}
-ON_GPU = (f"device={DEVICE.type}", "cudnn_deterministic_mode=warn", "overwrite_output_dir=True")
+ON_GPU = (f"device={DEVICE.type}", "cudnn_deterministic_mode=error", "overwrite_output_dir=True")
 
 
 @pytest.mark.parametrize("model", [None, LORA, QLORA], ids=["full", "LoRA", "QLoRA"])

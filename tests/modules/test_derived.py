@@ -42,8 +42,7 @@ def plain_lora(linear, x):
     y = type(linear).__mro__[2].forward(linear, x)  # the base class's
     x = F.dropout(x, linear.lora.dropout, linear.training)
     low = F.linear(x, linear.lora_A.weight.to(x.dtype))
-    high = F.linear(low, linear.lora_B.weight.to(x.dtype))
-    y = torch.add(y, high, alpha=linear.lora.scaling)
+    y = y + F.linear(low * linear.lora.scaling, linear.lora_B.weight.to(x.dtype))
     if linear.lora_magnitude_vector is None:
         return y
     norm = (base_weight(linear).float() + linear.delta()).detach().norm(dim=1)

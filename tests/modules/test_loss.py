@@ -84,7 +84,8 @@ def test_a_head_with_adapters_has_the_same_loss_and_gradients():
     expected = gradients(model, whole(model, batch()))
     assert "lm_head.lora_B.weight" in expected
     for name, mine in gradients(model, loss).items():
-        torch.testing.assert_close(mine, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(mine, expected[name], rtol=0, atol=2e-6 * scale, msg=name)
 
 
 def test_the_loss_of_bfloat16_is_summed_in_float32():

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mytune.quantization import NF4Linear
+from tests.recipes.ranks import SHARES_4_BITS
 
 # 143 blocks: the ranks' parts differ.
 WEIGHT = torch.randn(70, 130, generator=torch.Generator().manual_seed(0))
@@ -51,6 +52,7 @@ def _check_sharded() -> None:
         assert torch.equal(parameter.full_tensor(), whole), name
 
 
+@SHARES_4_BITS
 @pytest.mark.ranks
 def test_two_ranks_compute_and_gather_what_one_holds(tmp_path: Path) -> None:
     mp.spawn(_rank, args=(str(tmp_path / "store"),), nprocs=2)

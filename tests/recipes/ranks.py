@@ -10,8 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import yaml
 
+SHARES_4_BITS = pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="this torch cannot share 4-bit weights among ranks"
+)
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mytune.training.checkpointing.safetensors_io import SafetensorsFile
 from tests.hf import tiny_llama
 from tests.recipes.conftest import LORA, curve
-from tests.recipes.ranks import run_ranks
+from tests.recipes.ranks import SHARES_4_BITS, run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -89,7 +89,9 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize(
+    "held", [pytest.param(name, marks=[SHARES_4_BITS] * ("QLoRA" in name)) for name in HELD]
+)
 def test_ranks_equal_one(run, config, tmp_path, held):
     model, both, n, own = HELD[held]
     config |= {"epochs": 2, "clip_grad_norm": 1.0, "run_val_every_n_steps": 2}

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from mytune.errors import ConfigError
+from mytune.errors import ConfigError, ResourceError
 from mytune.models import auto_model, qlora_auto_model
+from mytune.models.llama3 import qlora_llama3
 from mytune.modules import merged_weights
 from mytune.training import (
     FullModelHFCheckpointer,
@@ -22,8 +23,9 @@ from mytune.training import (
     shard_model,
 )
 from tests.hf import tiny_llama
-from tests.recipes.ranks import free_port
+from tests.recipes.ranks import SHARES_4_BITS, free_port
 
+TINY = dict(vocab_size=16, num_layers=1, num_heads=2, num_kv_heads=1, embed_dim=64, max_seq_len=8)
 MODELS = {
     "full": auto_model,
     "QLoRA": lambda folder: qlora_auto_model(["q_proj"], checkpoint_dir=folder),
@@ -63,13 +65,21 @@ def _rank(rank: int, port: int, model: str, folder: str) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["full", pytest.param("QLoRA", marks=SHARES_4_BITS)])
 def test_a_rank_reads_and_holds_its_own_rows_only(tmp_path, model):
     sizes = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 4096}
     tiny_llama(**sizes, num_hidden_layers=2).save_pretrained(tmp_path)
     # safetensors maps what was just written from memory, too; a copy is another file.
     folder = shutil.copytree(tmp_path, tmp_path / "copy")
     mp.spawn(_rank, args=(free_port(), model, str(folder)), nprocs=2)
+
+
+def test_a_torch_that_cannot_share_4_bit_weights_is_told(monkeypatch):
+    with torch.device("meta"):
+        model = qlora_llama3(["q_proj"], **TINY)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.11.0"))
+    with pytest.raises(ResourceError, match=r"torch 2\.11\.0 cannot share .* install torch 2\.12"):
+        shard_model(model, torch.device("cpu"), replicate=1, shard=2)
 
 
 @pytest.mark.parametrize(
