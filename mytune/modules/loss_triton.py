@@ -12,25 +12,30 @@ _COLUMNS = 4096  # logits that a program reads at a time
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _cross_entropy(  # type: ignore[no-untyped-def]
-    logits, labels, losses, columns, GRADIENT: tl.constexpr, COLUMNS: tl.constexpr
+    logits,
+    labels,
+    losses,
+    WIDTH: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits += row * columns
+    logits += row * WIDTH
     label = tl.load(labels + row)
     picked = tl.load(logits + label).to(tl.float32)
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
-    for start in range(0, columns, COLUMNS):
+    for start in range(0, WIDTH, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        x = tl.load(logits + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + column, mask=column < WIDTH, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
         largest = larger
     tl.store(losses + row, largest + tl.log(total) - picked)
     if GRADIENT:
-        for start in range(0, columns, COLUMNS):
+        for start in range(0, WIDTH, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            here = column < columns
+            here = column < WIDTH
             x = tl.load(logits + column, mask=here, other=float("-inf")).to(tl.float32)
             gradient = tl.exp(x - largest) / total - tl.where(column == label, 1.0, 0.0)
             tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=here)
