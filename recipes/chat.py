@@ -113,10 +113,9 @@ def main(cfg: Config) -> int:
     check_prompt(tokenize([*turns, Message("user", "Hello")], tokenizer), model.config)
 
     model = load_for_inference(model, checkpointer, device, dtype)
-    if cfg.compile:  # which lays weights out by itself, and cannot look into packed ones
+    if cfg.compile:
         log.info("compiling the step for one token with the first ones; this takes a while")
-    else:
-        pack_linears(model)
+    pack_linears(model, compile=cfg.compile)
     memory = Memory(model, length, compile=cfg.compile)
     settings = {"max_new_tokens": cfg.max_new_tokens, "generator": generator, **sampling}
     log.info("Type a message, or /help.")

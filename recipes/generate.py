@@ -129,10 +129,10 @@ def main(cfg: Config) -> int:
 
     model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
     streamed = cfg.prompt_file is None and cfg.num_samples == 1 and not cfg.logprobs
-    if cfg.compile:  # which lays weights out by itself, and cannot look into packed ones
+    if cfg.compile:
         log.info("compiling the step for one token with the first ones; this takes a while")
-    else:
-        pack_linears(model, 1 if streamed else cfg.batch_size * cfg.num_samples)
+    rows = 1 if streamed else cfg.batch_size * cfg.num_samples
+    pack_linears(model, rows, compile=cfg.compile)
     bytes_read = bytes_per_token(model)
 
     settings: dict[str, Any] = {

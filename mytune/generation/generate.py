@@ -156,11 +156,11 @@ class Decoding:
     def __iter__(self) -> Iterator[list[int | None]]:
         if not any(row.left for row in self.rows):
             return
-        for chosen, logits in _decode(self._reader, self._tokens, self._choose, self._samples):
-            logprobs = _logprobs(logits, chosen) if self._logprobs else [None] * len(self.rows)
+        steps = _decode(self._reader, self._tokens, self._choose, self._samples, self._logprobs)
+        for chosen, logprobs in steps:
             step = [
                 self._take(row, token, logprob)
-                for row, (token, logprob) in enumerate(zip(chosen.tolist(), logprobs, strict=True))
+                for row, (token, logprob) in enumerate(zip(chosen, logprobs, strict=True))
             ]
             yield step
             if not any(row.left for row in self.rows):
@@ -247,11 +247,12 @@ def generate_batch(
 
 
 def _decode(
-    reader: Reader, tokens: Tensor, choose: Sampler, samples: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every row's next token [b] and the logits [b, vocab] it was chosen from, without end.
+    reader: Reader, tokens: Tensor, choose: Sampler, samples: int, logprobs: bool
+) -> Iterator[tuple[list[int], Sequence[float | None]]]:
+    """Yield every row's next token and, if wanted, its log-probability, without end.
 
-    `tokens` [b, s] is what is not read yet. After them each row becomes `samples` rows.
+    `tokens` [b, s] is what is not read yet. After them each row becomes `samples` rows. A GPU is
+    given a token to read before the CPU knows it, and so never waits for the CPU.
     """
     logits = reader.read(tokens)
     if not logits.isfinite().all():
@@ -263,13 +264,31 @@ def _decode(
         logits = logits.repeat_interleave(samples, dim=0)
     while True:
         chosen = choose(logits)
-        yield chosen, logits
-        logits = reader.read(chosen[:, None])
+        told = [_sent(chosen)]
+        if logprobs:
+            told.append(_sent(_logprobs(logits, chosen)))
+        if chosen.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+            logits = reader.read(chosen[:, None])
+            arrived.synchronize()
+        ids, *values = (each.tolist() for each in told)
+        yield ids, values[0] if values else [None] * len(ids)
+        if not chosen.is_cuda:
+            logits = reader.read(chosen[:, None])
 
 
-def _logprobs(logits: Tensor, chosen: Tensor) -> list[float]:
-    """Return the log-probabilities of chosen tokens [b] under logits [b, vocab]."""
-    return logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0].tolist()
+def _sent(values: Tensor) -> Tensor:
+    """Return values on the CPU, where they may still be on their way."""
+    if not values.is_cuda:
+        return values
+    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return there.copy_(values, non_blocking=True)
+
+
+def _logprobs(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Return the log-probabilities [b] of chosen tokens [b] under logits [b, vocab]."""
+    return logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
 
 
 def _limits(

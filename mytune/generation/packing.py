@@ -1,4 +1,4 @@
-"""Linears whose weights are laid out for the CPU's fastest product with one or a few rows."""
+"""Linears whose weights are laid out for the fastest product with one or a few rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from mytune.generation.row_linear import row_layout
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
 from mytune.quantization.tensors import inner_tensors
@@ -120,19 +121,20 @@ def is_int8(weight: Tensor) -> bool:
     return plain and inner["scale"].numel() == len(weight)
 
 
-class Joined(HalfLinear):
+class Joined(nn.Module):
     """Linears of one input as one: returns what each of them would.
 
     Args:
-        weights: [out, in] of each.
+        linear: its outputs are theirs, one after the other.
+        sizes: the number of outputs of each.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__(torch.cat([weight.detach() for weight in weights]))
-        self._sizes = [len(weight) for weight in weights]
+    def __init__(self, linear: nn.Module, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.linear, self._sizes = linear, list(sizes)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        parts: tuple[Tensor, ...] = super().forward(x).split(self._sizes, dim=-1)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = self.linear(x).split(self._sizes, dim=-1)
         return parts
 
 
@@ -148,14 +150,19 @@ class Part(nn.Module):
         return part
 
 
-def pack_linears(model: Decoder, batch_size: int = 1) -> None:
-    """Lay out a CPU model's plain linears and its head for decoding, in place, for inference.
+def pack_linears(model: Decoder, batch_size: int = 1, compile: bool = False) -> None:
+    """Lay out a model's plain linears and its head for decoding, in place, for inference.
 
-    Weights are laid out one by one; a tied head keeps its weight beside the other one. Linears with
-    adapters stay as they are, and so do quantized ones, but for those of 8 bits. Does nothing on
-    other devices, or where torch or the CPU have nothing faster.
+    Weights are laid out one by one; on a CPU a tied head keeps its weight beside the other one.
+    Linears with adapters stay as they are, and so do quantized ones whose layout no kernel here
+    reads. Does nothing where neither torch nor Triton has something faster.
+
+    Args:
+        batch_size: rows that will be usual.
+        compile: steps will be compiled, which on a CPU lays weights out itself, and cannot look
+            into packed ones: there nothing is done.
     """
-    if model.device.type != "cpu":
+    if compile and model.device.type == "cpu":
         return
     for block in model.layers:
         _join(block.attn, ("q_proj", "k_proj", "v_proj"))  # type: ignore[arg-type]
@@ -175,10 +182,15 @@ def _join(module: nn.Module, names: Sequence[str]) -> None:
     if not all(_is_linear(name, linear) for name, linear in linears.items()):
         return
     weights = [linear.get_parameter("weight") for linear in linears.values()]
-    if all(map(_is_for_half, weights)):
-        joined = Joined(weights)
-        for index, name in enumerate(names):
-            module.set_submodule(name, Part(joined, index))
+    layouts = [layout for weight in weights if (layout := _joinable(weight))]
+    kinds = {kind for kind, _ in layouts}
+    if len(layouts) < len(weights) or len(kinds) > 1:
+        return
+    parts = zip(*(tensors for _, tensors in layouts), strict=True)
+    linear = kinds.pop()(*(torch.cat(each) for each in parts))
+    joined = Joined(linear, [len(weight) for weight in weights])
+    for index, name in enumerate(names):
+        module.set_submodule(name, Part(joined, index))
 
 
 def _is_linear(name: str, module: nn.Module) -> bool:
@@ -188,19 +200,31 @@ def _is_linear(name: str, module: nn.Module) -> bool:
 
 def packed_linear(weight: Tensor, rows: int) -> nn.Module | None:
     """Return the fastest linear for a weight, or None if that is the plain one."""
+    if layout := _joinable(weight):
+        kind, tensors = layout
+        return kind(*tensors)
+    if weight.device.type != "cpu":
+        return None
     if is_int8(weight):
         return Int8Linear(weight)
-    if _is_for_half(weight):
-        return HalfLinear(weight)
     onednn = type(weight) is nn.Parameter and _has_avx512() and _works(PackedLinear, weight.dtype)
     return PackedLinear(weight, rows) if onednn else None
 
 
-def _is_for_half(weight: Tensor) -> bool:
-    """Say whether `HalfLinear` is the fastest: not for bfloat16 with AVX-512, which has it too."""
+Layout = tuple[Callable[..., nn.Module], tuple[Tensor, ...]]
+
+
+def _joinable(weight: Tensor) -> Layout | None:
+    """Return the linear that is the fastest, and what it is made of by rows, if it is of this kind.
+
+    Not `HalfLinear` for bfloat16 with AVX-512, which has it too.
+    """
+    if weight.is_cuda:
+        return row_layout(weight)
     if type(weight) is not nn.Parameter or (weight.dtype is torch.bfloat16 and _has_avx512()):
-        return False
-    return _works(HalfLinear, torch.float32) and fits_half(weight)
+        return None
+    fits = _works(HalfLinear, torch.float32) and fits_half(weight)
+    return (HalfLinear, (weight.detach(),)) if fits else None
 
 
 def _has_avx512() -> bool:

@@ -6,7 +6,7 @@ Letters in shape comments: b batch, s tokens read at once, t keys, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,7 @@ class StaticReader(CachedReader):
         super().__init__(model, cache, pads)
         self._block: Callable[..., Tensor] = _static_block
         if compile:
-            # Products of one row with a matrix are tuned as the reading of memory that they are.
-            options: dict[str, Any] = {"coordinate_descent_tuning": True}
-            self._block = torch.compile(_static_block, options=options)
+            self._block = torch.compile(_static_block)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mytune._triton import HAS_TRITON
 from mytune.errors import ConfigError
 from mytune.modules.decoder import Decoder
 from mytune.modules.masks import packed_mask
 from mytune.quantization.nf4 import NF4Embedding, NF4Linear
 
 IGNORE_INDEX = -100
-_HAS_TRITON = find_spec("triton") is not None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -64,7 +63,7 @@ def _loss_and_gradient(
     Without `gradient` there is none; something else is returned.
     """
     logits = _logits(hidden, weight)
-    if logits.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling():
+    if logits.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
         from mytune.modules.loss_triton import cross_entropy_kernel
 
         return cross_entropy_kernel(logits, labels, gradient), logits

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mytune._sharded import own_rows, sharded_as, whole
+from mytune._triton import HAS_TRITON
 
 BLOCK = 64  # weights that share a scale
 GROUP = 256  # scales that share a step
 _PIECE = 8192  # blocks that a CPU looks up at a time: they stay in its cache
 _QUANTIZED_AT_ONCE = 1024 * BLOCK * GROUP  # weights, whose float32 copies take 0.4 GB
-_HAS_TRITON = find_spec("triton") is not None
 
 # Quantiles of the normal distribution, as float32: appendix E of the paper.
 LEVELS = (
@@ -78,7 +77,7 @@ def dequantize_nf4(
     codes: Tensor, scales: Tensor, steps: Tensor, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """Return the weight of `shape` that `quantize_nf4` made the tensors of."""
-    if codes.is_cuda and _HAS_TRITON:
+    if codes.is_cuda and HAS_TRITON:
         from mytune.quantization.nf4_triton import dequantize_kernel
 
         weight: Tensor = dequantize_kernel(codes, scales, steps, *shape, dtype)

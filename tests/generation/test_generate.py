@@ -50,7 +50,7 @@ def rounded_twins(**sizes):
 
 
 def pack_for(capability, model, monkeypatch, dtype=torch.float32):
-    """Pack linears as for a CPU with AVX2 or AVX-512; count those of each kind, but for parts."""
+    """Pack linears as for a CPU with AVX2 or AVX-512; count those of each kind."""
     if (capability, dtype) == ("AVX512", torch.bfloat16) and not _works(PackedLinear, dtype):
         pytest.skip(f"this CPU has no packed linears in {dtype}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -64,9 +64,9 @@ def pack_for(capability, model, monkeypatch, dtype=torch.float32):
     ("capability", "dtype", "kinds"),
     [
         # In each of 3 blocks o and down, and the head; q, k and v are joined, and gate and up.
-        ("AVX2", torch.float32, (0, 3 * 2 + 1, 3 * 2, 0)),
-        ("AVX2", torch.bfloat16, (0, 3 * 2 + 1, 3 * 2, 0)),
-        ("AVX512", torch.float32, (0, 3 * 2 + 1, 3 * 2, 0)),
+        ("AVX2", torch.float32, (0, 3 * 4 + 1, 3 * 2, 0)),
+        ("AVX2", torch.bfloat16, (0, 3 * 4 + 1, 3 * 2, 0)),
+        ("AVX512", torch.float32, (0, 3 * 4 + 1, 3 * 2, 0)),
         ("AVX512", torch.bfloat16, (3 * 7 + 1, 0, 0, 0)),
     ],
 )

@@ -6,10 +6,14 @@ import time
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from mytune.generation import KVCache, Memory, generate, generate_batch
+from mytune import quantization
+from mytune.generation import KVCache, Memory, generate, generate_batch, pack_linears
 from mytune.generation.reading import CachedReader, StaticReader
+from mytune.generation.row_linear import NibbleLinear, RowLinear
 from mytune.models.llama3_2 import llama3_2_1b
+from mytune.modules.attention_triton import attend_one
 from tests.generation.conftest import VARIED
 from tests.hf import twins
 
@@ -81,11 +85,58 @@ def test_a_step_waits_for_the_device_only_to_read_the_token(model):
         torch.cuda.set_sync_debug_mode("default")
 
 
+KINDS = {  # the linear that a quantizer's weights get, and how far it may be off
+    None: (RowLinear, 1e-2),
+    "Int8WeightOnlyQuantizer": (RowLinear, 1e-2),
+    "Float8WeightOnlyQuantizer": (RowLinear, 1e-2),
+    "Int4WeightOnlyQuantizer": (NibbleLinear, 2e-2),
+}
+
+
+def wide(kind):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8}
+    model = twins(**sizes)[0].to("cuda", torch.bfloat16).requires_grad_(False)
+    if kind:
+        getattr(quantization, kind)().quantize(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_linears_compute_the_same(kind):
+    """One row by the kernels, more by plain products."""
+    plain, packed = wide(kind), wide(kind)
+    pack_linears(packed)
+    linear, tolerance = KINDS[kind]
+    count = sum(isinstance(module, linear) for module in packed.modules())
+    assert count == 4 * len(packed.layers) + 1
+    for tokens in (torch.tensor([[5]]), torch.tensor([[7, 80, 9, 3, 11]])):
+        expected = plain(tokens.cuda()).float()
+        distance = (packed(tokens.cuda()).float() - expected).norm()
+        assert distance < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [256, 8192])
+def test_one_query_attends_as_many_do(length, dtype):
+    draw = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(2, 8, 4, 128, device="cuda", generator=draw)
+    k, v = torch.randn(2, 2, 8, length, 128, device="cuda", generator=draw)
+    mask = torch.zeros(2, 1, 1, length, device="cuda")
+    mask[..., length // 2 + 5 :] = -torch.inf
+    mask[1, ..., :70] = -torch.inf
+    exact = F.scaled_dot_product_attention(*(each.double() for each in (q, k, v, mask)))
+    found = attend_one(*(each.to(dtype) for each in (q, k, v, mask)))
+    assert (found - exact).norm() < {torch.float32: 1e-6, torch.bfloat16: 6e-3}[
+        dtype
+    ] * exact.norm()
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_tokens_per_second_of_a_1b_model(compile, capsys):
     """Prints the speed; it must reach a third of what the memory allows."""
     with torch.device("cuda"):
         model = llama3_2_1b().to(torch.bfloat16).eval()
+    pack_linears(model)
     memory, prompt = Memory(model, 1024, compile=compile), list(range(1, 65))
     settings = {"max_new_tokens": 256, "memory": memory}
     list(generate(model, prompt, **settings))

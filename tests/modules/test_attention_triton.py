@@ -1,0 +1,34 @@
+"""The attention kernel in Triton's interpreter, on the CPU; `tests/gpu` runs it on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch
+from torch.nn import functional as F
+from mytune.modules.attention_triton import attend_one
+for batch, heads, group, length, dim in ((1, 1, 1, 5, 16), (2, 2, 4, 200, 32), (1, 2, 16, 64, 64)):
+    q = torch.randn(batch, heads, group, dim)
+    k, v = torch.randn(2, batch, heads, length, dim)
+    mask = torch.zeros(batch, 1, 1, length)
+    mask[..., length - length // 3 :] = -torch.inf  # as positions that are not filled
+    mask[-1, ..., : length // 4] = -torch.inf  # as padding
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    found = attend_one(q, k, v, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+torch.library.opcheck(attend_one, (q, k, v, mask))
+"""
+
+
+def test_the_kernel_is_attention() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
