@@ -131,8 +131,8 @@ def main(cfg: Config) -> int:
     streamed = cfg.prompt_file is None and cfg.num_samples == 1 and not cfg.logprobs
     if cfg.compile:
         log.info("compiling the step for one token with the first ones; this takes a while")
-    rows = 1 if streamed else cfg.batch_size * cfg.num_samples
-    pack_linears(model, rows, compile=cfg.compile)
+    together = 1 if streamed else cfg.batch_size * cfg.num_samples
+    pack_linears(model, together, compile=cfg.compile)
     bytes_read = bytes_per_token(model)
 
     settings: dict[str, Any] = {

@@ -221,7 +221,9 @@ def _joinable(weight: Tensor) -> Layout | None:
     """
     if weight.is_cuda:
         return row_layout(weight)
-    if type(weight) is not nn.Parameter or (weight.dtype is torch.bfloat16 and _has_avx512()):
+    if weight.device.type != "cpu" or type(weight) is not nn.Parameter:
+        return None
+    if weight.dtype is torch.bfloat16 and _has_avx512():
         return None
     fits = _works(HalfLinear, torch.float32) and fits_half(weight)
     return (HalfLinear, (weight.detach(),)) if fits else None
