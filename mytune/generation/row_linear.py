@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,30 +34,6 @@ class RowLinear(nn.Module):
         return y if self.scale is None else (y * self.scale).to(x.dtype)
 
 
-class NibbleLinear(nn.Module):
-    """A linear without bias and with a 4-bit weight, for inference on a GPU.
-
-    Args:
-        codes: two numbers to a byte, as `pack_nibbles` makes them: [out, in / 2].
-        scales: of groups of numbers, [out, groups].
-        zeros: alike; a number n stands for (n - 8) * scale + zero.
-    """
-
-    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
-        super().__init__()
-        self.codes, self.scales, self.zeros = (
-            nn.Parameter(each, requires_grad=False) for each in (codes, scales, zeros)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        from mytune.generation.row_triton import row_product_of_nibbles, unpack_nibbles
-
-        if x.numel() == x.shape[-1]:
-            product: Tensor = row_product_of_nibbles(x, self.codes, self.scales, self.zeros)
-            return product
-        return F.linear(x, unpack_nibbles(self.codes, self.scales, self.zeros).to(x.dtype))
-
-
 def row_layout(weight: Tensor) -> tuple[Callable[..., nn.Module], tuple[Tensor, ...]] | None:
     """Return the linear that is made for a weight on a GPU and its tensors by rows, or None."""
     if not HAS_TRITON:
@@ -68,8 +43,6 @@ def row_layout(weight: Tensor) -> tuple[Callable[..., nn.Module], tuple[Tensor, 
     if type(weight) is nn.Parameter:
         return (RowLinear, (weight.detach(),)) if fits(weight) else None
     inner = inner_tensors(weight) if hasattr(type(weight), "tensor_data_names") else {}
-    if inner.keys() == {"qdata", "scale_and_zero"}:
-        return _nibbles(weight, **inner)
     zeros = inner.pop("zero_point", None)
     rounds = getattr(weight, "act_quant_kwargs", None) is not None  # activations, too
     if inner.keys() != {"qdata", "scale"} or rounds or (zeros is not None and zeros.any()):
@@ -77,27 +50,3 @@ def row_layout(weight: Tensor) -> tuple[Callable[..., nn.Module], tuple[Tensor, 
     numbers, scale = inner["qdata"], inner["scale"].flatten()
     fitting = numbers.ndim == 2 and len(scale) == len(numbers) and fits(numbers)
     return (RowLinear, (numbers, scale)) if fitting else None
-
-
-@torch.no_grad()
-def _nibbles(
-    weight: Tensor, qdata: Tensor, scale_and_zero: Tensor
-) -> tuple[Callable[..., nn.Module], tuple[Tensor, ...]] | None:
-    """Return a linear of torchao's tiles of 4-bit numbers, which only their product tells."""
-    from mytune.generation.row_triton import pack_nibbles
-
-    rows, width = weight.shape
-    groups = len(scale_and_zero)
-    group = width // groups
-    if rows % 8 or width % 1024 or width % groups or (width // 2) % group or group & (group - 1):
-        return None
-    plain = torch.zeros_like(scale_and_zero)
-    plain[..., 0] = 1  # a scale of 1 and no zero leave the numbers themselves
-    numbers = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
-    for start in range(0, width, 1024):
-        picked = torch.zeros(1024, width, dtype=torch.bfloat16, device=weight.device)
-        picked[:, start : start + 1024].fill_diagonal_(1)
-        found = torch.ops.aten._weight_int4pack_mm(picked, qdata, group, plain)[:, :rows]
-        numbers[:, start : start + 1024] = (found + 8).T.to(torch.uint8)
-    scales, zeros = scale_and_zero[:, :rows].transpose(0, 1).unbind(-1)
-    return NibbleLinear, (pack_nibbles(numbers), scales.contiguous(), zeros.contiguous())

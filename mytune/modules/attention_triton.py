@@ -84,9 +84,9 @@ def _merge(  # type: ignore[no-untyped-def]
     query = tl.program_id(0).to(tl.int64)
     head, row = query // GROUP, query % GROUP
     column = tl.arange(0, DIM)
-    piece = tl.arange(0, PIECES)
-    at = (head * pieces + piece) * GROUP + row
-    peak = tl.max(tl.load(peaks + at, mask=piece < pieces, other=float("-inf")), 0)
+    every = tl.arange(0, PIECES)
+    all_peaks = peaks + (head * pieces + every) * GROUP + row
+    peak = tl.max(tl.load(all_peaks, mask=every < pieces, other=float("-inf")), 0)
     total = tl.full((), 0.0, tl.float32)
     whole = tl.zeros((DIM,), tl.float32)
     for start in range(0, PIECES, STEP):

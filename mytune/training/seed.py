@@ -71,6 +71,9 @@ def _mix(value: int) -> int:
 def set_deterministic(mode: str | int | None) -> None:
     """Choose deterministic kernels: "default" (0) no, "warn" (1) where there are, "error" (2) only.
 
+    With "warn" the backward pass of attention on CUDA stays as it is: torch makes it deterministic
+    for "error" alone.
+
     Call it before anything is on the device: cuBLAS reads its workspace setting when CUDA starts.
     """
     if mode not in _MODES:

@@ -81,7 +81,7 @@ def measure(suite: Suite) -> None:
 
     def train(cases: Sequence[training.Case]) -> None:
         for case in cases:
-            named = {"method": case.method, "batch": f"2 x {case.length}", "levers": case.levers}
+            named = {"method": case.name, "batch": f"2 x {case.length}", "levers": case.levers}
             suite.run("gpu_training", named, partial(training.measure, case, products))
 
     def transformers(recompute: bool) -> None:
@@ -94,16 +94,20 @@ def measure(suite: Suite) -> None:
             named = {"weights": weights, "levers": ", ".join(keys) or "none"}
             suite.run("gpu_decoding", named, partial(others.decode, weights, keys, copies))
 
-    train(training.CASES[:1])
+    train(training.CASES[:2])
+    if DEVICE.type == "cuda":
+        from tests.gpu import rows  # which needs Triton
+
+        suite.run("gpu_rows", {"library": "mytune"}, rows.measure)
     decode(DECODING[:3])
     transformers(recompute=True)
-    train(training.CASES[1:4])
+    train(training.CASES[2:5])
     suite.run("gpu_nf4", {"library": "mytune"}, others.nf4)
     decode(DECODING[3:])
     transformers(recompute=False)
-    train(training.CASES[4:8])
+    train(training.CASES[5:9])
     suite.run("gpu_checkpoints", {"direction": "load"}, others.checkpoint)
-    train(training.CASES[8:])
+    train(training.CASES[9:])
 
 
 ABOUT = {
@@ -121,6 +125,12 @@ matrix products measured on the same device. The peak is what torch's allocator 
         """One row, greedy, 256 new ids after a prompt of 64, prefill included; the better of two
 runs after one. Every weight but the embedding is read once for each token: that, over the rate of a
 large copy, is the share of what memory could give.
+""",
+    ),
+    "gpu_rows": (
+        "Products of one row on a GPU",
+        """What decoding does: one row of inputs with the weights of a block of Llama 3 8B, 436 MB
+in bfloat16, recorded as a CUDA graph; q, k and v are one product, gate and up are another.
 """,
     ),
     "gpu_nf4": (

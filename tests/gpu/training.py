@@ -18,10 +18,11 @@ import torch
 import yaml
 
 from mytune.cli import registry, run
+from mytune.modules.decoder import DecoderConfig
 from mytune.training.metric_logging import read_metrics
 from tests.gpu import DEVICE, TINY
 from tests.gpu.flops import flop_per_token
-from tests.gpu.parts import SIZES, Enough, arguments
+from tests.gpu.parts import Enough, arguments, sizes
 
 BATCH = 2
 WARM_UP, TIMED = 3, 5  # steps; the first ones compile
@@ -46,17 +47,30 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A method, a length, the levers that are pulled, and those keys of the config."""
+    """A method, a length, the levers that are pulled, and those keys of the config.
+
+    `blocks` are those of the model, if it does not have all of them.
+    """
 
     method: str
     length: int
     levers: str
     keys: dict[str, Any] = field(default_factory=dict)
     document: int | None = None
+    blocks: int | None = None
+
+    @property
+    def sizes(self) -> DecoderConfig:
+        return sizes(self.blocks)
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.blocks} blocks" if self.blocks else self.method
 
 
 # The most telling first: there may be no time for all.
 CASES = [
+    Case("LoRA", 4096, "compile", COMPILED, blocks=8),
     Case("LoRA", 4096, "compile", COMPILED),
     Case("QLoRA", 2048, "compile, recompute", COMPILED | RECOMPUTE),
     Case("LoRA", 2048, "compile, recompute", COMPILED | RECOMPUTE),
@@ -94,9 +108,10 @@ def measure(case: Case, product_rate: float) -> Row:
     metrics, problem = run_recipe(case, length)
     timed = metrics[WARM_UP:]
     speed = statistics.median(m["tokens_per_second_per_gpu"] for m in timed) if timed else None
-    work = flop_per_token(SIZES, length, "full" if case.method == "full" else LORA["lora_rank"])
+    rank = "full" if case.method == "full" else LORA["lora_rank"]
+    work = flop_per_token(case.sizes, length, rank)
     return {
-        "method": case.method,
+        "method": case.name,
         "batch": f"{BATCH} x {length}",
         "levers": case.levers,
         "tokens/s": speed,
@@ -161,7 +176,11 @@ def config(case: Case, length: int, folder: str) -> dict[str, Any]:
     builder, more = MODELS[case.method]
     return {
         "output_dir": folder,
-        "model": {"_component_": f"mytune.models.llama3.{builder}", **arguments(SIZES), **more},
+        "model": {
+            "_component_": f"mytune.models.llama3.{builder}",
+            **arguments(case.sizes),
+            **more,
+        },
         "tokenizer": {"_component_": "tests.gpu.parts.Ids"},
         "checkpointer": {
             "_component_": "tests.gpu.parts.RandomCheckpointer",

@@ -12,7 +12,8 @@ SCRIPT = """
 import torch
 from torch.nn import functional as F
 from mytune.modules.attention_triton import attend_one
-for batch, heads, group, length, dim in ((1, 1, 1, 5, 16), (2, 2, 4, 200, 32), (1, 2, 16, 64, 64)):
+SHAPES = ((1, 1, 1, 5, 16), (2, 2, 4, 200, 32), (1, 1, 16, 2600, 64))
+for batch, heads, group, length, dim in SHAPES:
     q = torch.randn(batch, heads, group, dim)
     k, v = torch.randn(2, batch, heads, length, dim)
     mask = torch.zeros(batch, 1, 1, length)
