@@ -77,3 +77,12 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest candidate, or an empty string."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+_SHOWN = 24  # tensors that an error names: more only scrolls its first line away
+
+
+def shortened(lines: Sequence[str]) -> list[str]:
+    """Return an error's details, the first ones and how many more there are."""
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return [*lines[:_SHOWN], *more]

@@ -49,6 +49,10 @@ Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
+# The recipe hands nothing to components itself: a config names all that they need.
+SUPPLIED: dict[str, list[str]] = {}
+
+
 @dataclass(kw_only=True)
 class Config:
     """Every key of a chat."""

@@ -50,6 +50,9 @@ from mytune.training import (
     use_fast_float32_matmul,
 )
 
+# The recipe hands nothing to components itself: a config names all that they need.
+SUPPLIED: dict[str, list[str]] = {}
+
 
 @dataclass(kw_only=True)
 class Config:

@@ -23,7 +23,7 @@ import torch
 
 from mytune.config import Component, instantiate
 from mytune.datasets import OpenAIToMessages, open_source
-from mytune.errors import ConfigError, DataError
+from mytune.errors import ConfigError, DataError, shortened
 from mytune.generation import (
     Sampling,
     TextStream,
@@ -46,6 +46,9 @@ from mytune.training import (
     set_seed,
     setup_logging,
 )
+
+# The recipe hands nothing to components itself: a config names all that they need.
+SUPPLIED: dict[str, list[str]] = {}
 
 
 @dataclass(kw_only=True)
@@ -198,7 +201,7 @@ def read_prompts(
 
     Raises:
         ConfigError: there is no such file.
-        DataError: rows that cannot be answered, up to 20 of them, each with its `file:row`.
+        DataError: rows that cannot be answered, each with its `file:row`.
     """
     if not Path(file).expanduser().is_file():
         raise ConfigError(f"prompt_file is {file!r}, and there is no such file")
@@ -215,9 +218,8 @@ def read_prompts(
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:
-        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         many = f"{len(problems)} rows of prompt_file cannot be answered"
-        raise DataError(many, problems[:20] + more)
+        raise DataError(many, shortened(problems))
     if not rows:
         raise DataError(f"prompt_file {file} has no rows")
     return rows, prompts
@@ -225,6 +227,9 @@ def read_prompts(
 
 def tokenize_row(row: Any, tokenizer: ModelTokenizer) -> list[int]:
     """Return the ids of a row's prompt; raise ConfigError or DataError if it has none."""
+    kinds = sorted({"messages", "prompt", "user"} & row.keys()) if isinstance(row, dict) else []
+    if len(kinds) > 1:
+        raise DataError(f"it has {' and '.join(kinds)}: a row has one of them")
     match row:
         case DataError():
             raise row

@@ -44,6 +44,10 @@ from mytune.training import (
 Figures = dict[str, float | None]
 
 
+# The recipe hands nothing to components itself: a config names all that they need.
+SUPPLIED: dict[str, list[str]] = {}
+
+
 @dataclass(kw_only=True)
 class Config:
     """Every key of a quantization config."""

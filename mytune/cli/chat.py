@@ -91,4 +91,6 @@ def adapter_in(path: Path) -> Path:
     for each in (path, path / "adapter"):
         if (each / _ADAPTER).is_file():
             return each.resolve()
+    if not path.is_dir():
+        raise ConfigError(f"--adapter {path}: there is no such directory")
     raise CheckpointError(f"--adapter {path}: there is no {_ADAPTER} in it")

@@ -44,7 +44,9 @@ def parser() -> Parser:
     parser.add_argument("recipe", metavar="RECIPE", help="a name of `tune ls`, or a Python file")
     parser.add_argument("--config", metavar="CONFIG", help="a name of `tune ls`, or a YAML file")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print memory, steps and time of the run, and end"
+        "--dry-run",
+        action="store_true",
+        help="of fine-tuning: print memory, steps and time of the run, and end",
     )
     parser.add_argument("--compare", metavar="BASE", help="for eleuther_eval: compare=BASE")
     parser.add_config_arguments()

@@ -27,6 +27,8 @@ _INPUTS = [
     "vocab_path",
     "adapter_checkpoint",
 ]
+_DOWNLOAD = "`tune download REPO --output-dir DIR` fetches models"
+_SOURCES = {"adapter_checkpoint": "a LoRA run writes its adapters to output_dir/epoch_N/adapter"}
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _READERS = ("json", "csv", "parquet", "text")  # a dataset's `source` whose `data_files` are local
 
@@ -103,8 +105,7 @@ def _check_files(node: Component) -> Iterator[Finding]:
         places = [Path(folder, value) for folder in folders]
         places += [place.parent / "original" / place.name for place in places if key == "path"]
         if not any(place.exists() for place in places):
-            how = "`tune download REPO --output-dir DIR` fetches models"
-            yield key, f"{value!r} does not exist; {how}"
+            yield key, f"{value!r} does not exist; {_SOURCES.get(key, _DOWNLOAD)}"
     keys = ["source", "data_files"] if node.get("source") in _READERS else ["source"]
     for key in keys:
         value = node.get(key)

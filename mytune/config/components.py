@@ -40,7 +40,9 @@ _OURS = (
 )
 _OTHERS = ["torch.optim", "torch.nn", "torchao", "bitsandbytes.optim"]
 _PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
-_INSTALL = {"torchao": "pip install 'mytune[quantize]'"}
+_INSTALL = {"torchao": "pip install 'torchao>=0.18'"}
+
+_EXAMPLE = " like 'mytune.models.llama3.llama3_8b'"
 
 _allowed_by_user: set[str] = set()
 
@@ -51,10 +53,11 @@ def allow(names: Iterable[str]) -> None:
 
 
 def refusal(name: str) -> str | None:
-    """Return why a component of this name must not be built; None if it may. Imports nothing."""
+    """Return why a component of this name must not be built; None if it may. Imports none."""
     parts = name.split(".")
     if len(parts) < 2 or not all(part.isidentifier() and part[:2] != "__" for part in parts):
-        return f"{name!r} is not a dotted name like 'mytune.models.llama3.llama3_8b'"
+        like = f"; did you mean {full!r}?" if (full := _full_name(name)) else ""
+        return f"{name!r} is not a dotted name{like or _EXAMPLE}"
     allowed = [*_OTHERS, *_allowed_by_user]
     if any(name.startswith(f"{prefix}.") for prefix in allowed) or local_file(name):
         return None
@@ -65,6 +68,15 @@ def refusal(name: str) -> str | None:
         f"from mytune, {', '.join(_OTHERS)} or a Python file below the current directory; "
         f"--allow-component {parts[0]} lets this one in"
     )
+
+
+def _full_name(short: str) -> str | None:
+    """Return what a component of mytune's is called in full, of those that a package shows."""
+    for prefix in _OUR_PACKAGES:
+        shown = getattr(importlib.import_module(prefix.removesuffix(".")), "__all__", ())
+        if short in shown and _is_ours(f"{prefix}{short}"):
+            return f"{prefix}{short}"
+    return None
 
 
 def local_file(name: str) -> tuple[Path, str] | None:

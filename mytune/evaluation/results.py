@@ -52,11 +52,16 @@ def compare_results(base: Results, tuned: Results) -> str:
 def differing(base: Results, tuned: Results) -> list[str]:
     """Return in which tasks, and how, two results were not measured alike."""
     return [
-        f"{task}: {what} was {before} for the base and is {after}"
+        f"{task}: {what} was {_told(before)} for the base and is {_told(after)}"
         for what in ("versions", "n-shot", "n-samples")
         for task, after in tuned.get(what, {}).items()
         if (before := base.get(what, {}).get(task, after)) != after
     ]
+
+
+def _told(value: Any) -> Any:
+    """Return a number as it is, and of the harness's counts how many were measured."""
+    return value.get("effective", value) if isinstance(value, dict) else value
 
 
 def _compared(base: Results, tuned: Results) -> Iterator[list[str]]:
@@ -172,13 +177,15 @@ def read_results(path: str | Path, tasks: Collection[str]) -> Results:
         ConfigError: it is something else, or has other tasks.
     """
     file = Path(path).expanduser()
+    if not file.exists():
+        raise ConfigError(f"compare: {file} does not exist")
     try:
         found: Results = json.loads(file.read_text(encoding="utf-8"))
         dict(found["results"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"compare: {file} holds no results of an earlier evaluation ({error!r}); it must be a "
-            f"checkpoint directory, or the {JSON} of an earlier run"
+            f"compare: {file} holds no results of an earlier evaluation; it must be a checkpoint "
+            f"directory, or the {JSON} of an earlier run"
         ) from error
     if not found["results"].keys() & set(tasks):
         raise ConfigError(

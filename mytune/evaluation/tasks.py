@@ -23,7 +23,8 @@ def check_lm_eval() -> None:
     """Raise ResourceError where EleutherAI's harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ResourceError(
-            "the package 'lm_eval' is not installed: for evaluation run pip install 'mytune[eval]'"
+            "evaluation needs the package lm_eval, which is not installed: "
+            "pip install 'lm_eval>=0.4.13'"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,8 +166,9 @@ def check_quantizer(
         ConfigError: it is for another dtype, or its groups fit none of the linears.
         ResourceError: this device or this torchao cannot run it; those that run are listed.
     """
-    config = torchao_config(quantizer, device)
     name, shapes = type(quantizer).__name__, _shapes(model)
+    _check_groupsize(getattr(quantizer, "groupsize", None), name, shapes)
+    config = torchao_config(quantizer, device)
     told = ", ".join(f"{rows} x {width}" for rows, width in shapes)
     if dtype is not torch.bfloat16 and type(config).__name__ in _BF16_ONLY:
         raise ConfigError(
@@ -196,6 +198,19 @@ def check_quantizer(
     odd = {kind.__name__ for kind in kinds} - {*CLASSES, "Parameter"}
     if save and odd:
         raise ConfigError(f"{name} makes {', '.join(odd)}, which torchao cannot save safely")
+
+
+def _check_groupsize(groupsize: int | None, name: str, shapes: list[tuple[int, int]]) -> None:
+    """Raise ConfigError unless groups divide the inputs of some linear."""
+    widths = sorted({width for _, width in shapes})
+    if groupsize is None or (groupsize > 0 and any(width % groupsize == 0 for width in widths)):
+        return
+    fitting = math.gcd(*widths)
+    fitting = min(128, fitting & -fitting)  # the largest power of two, of those that are usual
+    raise ConfigError(
+        f"quantizer.groupsize is {groupsize}, and {name}'s groups must divide the inputs of the "
+        f"model's linears, which are {', '.join(map(str, widths))}: {fitting} does"
+    )
 
 
 def _shapes(model: nn.Module) -> list[tuple[int, int]]:

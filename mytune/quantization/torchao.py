@@ -26,7 +26,7 @@ def torchao(module: str) -> Any:
     except ImportError as error:
         raise ResourceError(
             f"quantizers need the package torchao, from 0.18 on ({error}): "
-            "pip install 'mytune[quantize]'"
+            "pip install 'torchao>=0.18'"
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):

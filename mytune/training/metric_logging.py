@@ -213,7 +213,7 @@ class CometLogger(MetricLogger):
         log_code: bool = False,
         **kwargs: Any,
     ) -> None:
-        comet = _tracker("comet_ml", "comet")
+        comet = _tracker("comet_ml")
         self._experiment: Any = None
         if rank() == 0:
             with _starting("comet", "set COMET_API_KEY, or pass online: false"):
@@ -261,7 +261,7 @@ class MLFlowLogger(MetricLogger):
             self._mlflow.end_run()
 
 
-def _tracker(module: str, extra: str | None = None) -> Any:
+def _tracker(module: str) -> Any:
     """Import an optional package.
 
     Raises:
@@ -272,7 +272,7 @@ def _tracker(module: str, extra: str | None = None) -> Any:
     except ImportError as error:
         raise ResourceError(
             f"metric_logger needs the package {module}, which is not installed ({error}); "
-            f"run: pip install 'mytune[{extra or module}]'"
+            f"run: pip install {module}"
         ) from error
 
 

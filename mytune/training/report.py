@@ -119,7 +119,7 @@ def draw_loss_curve(rows: Sequence[Row], title: str = "") -> bytes | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        log.info("no loss curve: for the picture run: pip install 'mytune[plot]'")
+        log.info("no loss curve: for the picture run: pip install matplotlib")
         return None
     figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
     upper, lower = figure.subplots(2, sharex=True, height_ratios=[4, 1])

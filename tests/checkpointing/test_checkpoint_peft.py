@@ -154,3 +154,9 @@ def test_an_adapter_that_does_not_fit_is_told_tensor_by_tensor() -> None:
         "missing c: expected [5]",
         "unexpected a: found [2]",
     ]
+
+
+def test_of_an_adapter_of_another_model_not_every_tensor_is_told() -> None:
+    with pytest.raises(CheckpointError, match="70 of its tensors differ; base model") as caught:
+        check_adapter({}, {f"{i:02}": torch.ones(2) for i in range(70)})
+    assert caught.value.details[-2:] == ["missing 23: expected [2]", "and 46 more"]

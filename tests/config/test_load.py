@@ -61,6 +61,11 @@ def test_loading_twice_does_not_share_or_change_values(load: Load) -> None:
         ("extra: 3", "extra: 3 is not dict[str, Any]"),
         ("optimizer: 3", "optimizer: 3 is not Component"),
         ("optimizer: {lr: 1, _component_: 3}", "optimizer._component_: 3 is not a dotted name"),
+        (
+            "optimizer: {_component_: Int8WeightOnlyQuantizer}",
+            "optimizer._component_: 'Int8WeightOnlyQuantizer' is not a dotted name; "
+            "did you mean 'mytune.quantization.Int8WeightOnlyQuantizer'?",
+        ),
         ("lr_scheduler: {lr: 1}", "lr_scheduler: {'lr': 1} is not a component"),
         ("dataset: [{source: a}]", "dataset: [{'source': 'a'}] is not a component"),
         ("dataset: null", "dataset: null is not a component"),

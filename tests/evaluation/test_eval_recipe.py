@@ -229,7 +229,7 @@ def test_the_tutorial_config_can_be_copied_and_edited(tmp_path, monkeypatch):
         (["batch_size=0"], 2, "batch_size is 0; it must be 1 or more, or auto"),
         (["batch_size=some"], 2, "batch_size is 'some'"),
         (["limit=0"], 2, "limit is 0.0; it must be above 0"),
-        (["compare=/nowhere"], 2, "compare: /nowhere holds no results"),
+        (["compare=/nowhere"], 2, "compare: /nowhere does not exist"),
         (["num_fewshot=-1"], 2, "num_fewshot is -1"),
         (["tasks=[truthfulqa_mc2]"], 5, "task truthfulqa_mc2: its data cannot be downloaded"),
         (["tasks=[writing]", "max_seq_length=20"], 2, "task writing generates up to 24 tokens"),
@@ -247,7 +247,7 @@ def test_a_missing_harness_is_one_line_that_says_how_to_install_it(tune, monkeyp
     without = lambda name, *rest: None if name == "lm_eval" else find(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
     _, _, err = tune(code=5)
-    assert "pip install 'mytune[eval]'" in err.splitlines()[-1]
+    assert "pip install 'lm_eval>=0.4.13'" in err.splitlines()[-1]
 
 
 @pytest.mark.ranks

@@ -99,9 +99,14 @@ def test_results_to_compare_with_must_be_other_ones_of_the_same_tasks(tmp_path):
 
 
 def test_results_that_were_not_measured_alike_are_told():
-    base = results(**{"n-shot": {"a": 0, "b": 5}, "n-samples": {"a": {"effective": 3}}})
-    tuned = results(**{"n-shot": {"a": 2, "c": 1}, "n-samples": {"a": {"effective": 3}}})
-    assert differing(base, tuned) == ["a: n-shot was 0 for the base and is 2"]
+    counts = {"a": {"original": 9, "effective": 3}, "b": {"original": 9, "effective": 3}}
+    base = results(**{"n-shot": {"a": 0, "b": 5}, "n-samples": counts})
+    counts = {**counts, "b": {"original": 9, "effective": 4}}
+    tuned = results(**{"n-shot": {"a": 2, "c": 1}, "n-samples": counts})
+    assert differing(base, tuned) == [
+        "a: n-shot was 0 for the base and is 2",
+        "b: n-samples was 3 for the base and is 4",
+    ]
 
 
 def test_an_evaluated_model_is_freed_at_once(random_pair):

@@ -173,11 +173,8 @@ def test_metas_format_is_known_by_its_files(chat, data_dir):
             "no whole model: neither config.json nor params.json.*a model is there: tune chat",
         ),
         (["adapted"], 4, "it is an adapter: tune chat BASE --adapter adapted/adapter"),
-        (
-            ["model", "--adapter", "nowhere"],
-            4,
-            "--adapter nowhere: there is no adapter_config.json",
-        ),
+        (["model", "--adapter", "nowhere"], 2, "--adapter nowhere: there is no such directory"),
+        (["model", "--adapter", "model"], 4, "--adapter model: there is no adapter_config.json"),
         (["model", "temprature=0"], 2, "unknown key 'temprature'; did you mean 'temperature'"),
         (["model", "top_k=0", "device=cpu"], 2, "top_k is 0"),
         (["model", "max_seq_len=0", "device=cpu"], 2, "max_seq_len is 0"),

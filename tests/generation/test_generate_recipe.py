@@ -165,6 +165,7 @@ def test_a_text_beyond_the_models_positions_is_announced(tune):
         (["temperature=-1", "top_p=2"], "temperature is -1.*top_p is 2"),
         (["min_p=2", "repetition_penalty=0"], "min_p is 2.*repetition_penalty is 0"),
         (["num_samples=0"], "num_samples is 0"),
+        (["model={_component_: mytune.models.auto_model}"], "auto_model needs the argument"),
         (['stop=[""]'], "stop has an empty text"),
         (["prompt_file=nowhere.jsonl"], "no such file"),
         (["quantizer={_component_: torch.nn.Identity}"], "quantizer is a Identity"),
@@ -262,6 +263,7 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
         {"messages": []},
         {"prompt": "a", "completion": "what it should be"},
         {"prompt": "a", "note": "\ud800"},
+        {"prompt": "a", "user": "b"},
     )
     with file.open("a") as more:
         more.write("not json\n")
@@ -275,7 +277,8 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
         (6, "messages"),
         (7, "completion: the answer would replace it"),
         (8, "cannot be written as JSON"),
-        (9, "not JSON"),
+        (9, "prompt and user: a row has one of them"),
+        (10, "not JSON"),
     ]:
         assert re.search(rf"{re.escape(str(file))}:{row}: .*{why}", err)
     assert f"{file}:1:" not in err

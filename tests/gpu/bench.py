@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,11 +41,15 @@ DECODING: list[tuple[str, dict[str, Any]]] = [
 
 
 class Suite:
-    """Runs cases until the time is up, and keeps what they found, table by table."""
+    """Runs cases until the time is up, and keeps what they found, table by table.
 
-    def __init__(self, seconds: float) -> None:
+    After every case all is written to `results`: a run that is cut off loses no more than a case.
+    """
+
+    def __init__(self, seconds: float, results: Path | None = None) -> None:
         self._end = time.perf_counter() + seconds
-        self.where = machine()
+        self._results = results
+        self.where: Row = {}
         self.tables: dict[str, list[Row]] = {name: [] for name in ABOUT}
 
     def run(self, name: str, case: Row, work: Callable[[], Row | list[Row]]) -> None:
@@ -63,13 +68,9 @@ class Suite:
     def _add(self, name: str, row: Row) -> None:
         self.tables[name].append({"result": "measured", **row})
         print(f"{name}: {row}", flush=True)
-        self.save()
-
-    def save(self) -> None:
-        """Write what is measured by now: a run that is cut off loses no more than its last case."""
-        if not TINY:
+        if self._results:
             text = json.dumps({"machine": self.where, **self.tables}, indent=1)
-            RESULTS.write_text(text + "\n")
+            self._results.write_text(text + "\n")
 
 
 def measure(suite: Suite) -> None:
@@ -172,9 +173,10 @@ def main() -> int:
     if not HERE:
         print(f"nothing was measured: {NO_CUDA}")
         return 5
-    suite = Suite(args.seconds)
+    suite = Suite(args.seconds, None if TINY else RESULTS)
+    suite.where = machine()
     measure(suite)
-    for name, rows in suite.tables.items():
+    for name, rows in ((name, rows) for name, rows in suite.tables.items() if rows):
         title, about = ABOUT[name]
         print(f"\n{title}\n\n{table(aligned(rows))}", flush=True)
         if not TINY:

@@ -157,7 +157,11 @@ REFUSED = {
         "cannot run .*\n  these can: Int8WeightOnlyQuantizer",
     ),
     "quantizer={_component_: torchtune.training.quantization.Int8DynActInt4WeightQuantizer, "
-    "groupsize: 256}": (2, "does not fit the model"),
+    "groupsize: 256}": (2, "groupsize is 256, .* must divide .* which are .*: 32 does"),
+    "quantizer={_component_: mytune.quantization.Int8DynActInt4WeightQuantizer, groupsize: 0}": (
+        2,
+        "groupsize is 0",
+    ),
     "quantizer={_component_: mytune.quantization.Int8WeightOnlyQuantizer, groupsize: 32}": (
         2,
         "takes no argument 'groupsize'",

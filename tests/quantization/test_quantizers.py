@@ -138,10 +138,12 @@ def test_8_bit_rows_that_fill_no_vectors_are_left_to_torchao():
     assert change(Int8Linear(model[1].weight)(x), model[1](x)) < 0.01
 
 
-def test_groups_that_divide_no_row_are_told_as_such(base):
-    model, quantizer = load(base), Int8DynActInt4WeightQuantizer(100)
-    with pytest.raises(ConfigError, match="does not fit the model, whose linears are"):
+@pytest.mark.parametrize("groupsize", [100, 0, -32])
+def test_groups_that_divide_no_row_are_told_and_one_that_does(base, groupsize):
+    model, quantizer = load(base), Int8DynActInt4WeightQuantizer(groupsize)
+    with pytest.raises(ConfigError, match=rf"groupsize is {groupsize}, .* are 64, 96: 32 does"):
         check_quantizer(quantizer, model, CPU, BF16)
+    check_quantizer(Int8DynActInt4WeightQuantizer(32), model, CPU, BF16)
 
 
 @pytest.mark.parametrize("name", sorted(ON_CPU.keys() - {"int8"}))
@@ -213,7 +215,7 @@ def test_without_torchao_the_error_says_how_to_install_it(base, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
         monkeypatch.setitem(sys.modules, name, None)
     error = refused(Int8WeightOnlyQuantizer(), base)
-    assert error.exit_code == 5 and "pip install 'mytune[quantize]'" in error.message
+    assert error.exit_code == 5 and "pip install 'torchao>=0.18'" in error.message
 
 
 TORCHTUNE = {

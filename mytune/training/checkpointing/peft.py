@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mytune.errors import CheckpointError
+from mytune.errors import CheckpointError, shortened
 from mytune.training.checkpointing.files import demand_finite, inside, read_json, to_json
 from mytune.training.checkpointing.formats import PEFT
 from mytune.training.checkpointing.publish import Draft
@@ -92,8 +92,9 @@ def check_adapter(adapter: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     ]
     if problems:
         raise CheckpointError(
-            "the adapter does not fit the model; rank and modules must be those of its training",
-            sorted(problems),
+            f"the adapter does not fit the model: {len(problems)} of its tensors differ; base "
+            "model, rank and modules must be those of its training",
+            shortened(sorted(problems)),
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mytune
-from mytune.errors import CheckpointError, NumericalError, ResourceError
+from mytune.errors import CheckpointError, NumericalError, ResourceError, shortened
 from mytune.modules.decoder import Decoder, DecoderConfig
 from mytune.quantization.tensors import (
     flatten,
@@ -30,7 +30,6 @@ from mytune.training.checkpointing.tokenizer_files import tokenizer_files
 
 QUANTIZATION = "quantization.json"
 _NAMES = "tensor_names"  # torchao's key of the list of tensors
-_SHOWN = 24
 
 
 def is_quantized_file(file: Mapping[str, Tensor]) -> bool:
@@ -79,10 +78,9 @@ def read_quantized(
     problems += [f"unexpected {key}" for key in held]
     problems += _mismatches(weights, parameter_shapes(config)) if not problems else []
     if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise CheckpointError(
             f"{where}: {len(problems)} quantized tensors do not fit the model",
-            problems[:_SHOWN] + more,
+            shortened(problems),
         )
     return weights
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mytune.errors import CheckpointError, ConfigError, did_you_mean
+from mytune.errors import CheckpointError, ConfigError, did_you_mean, shortened
 from mytune.modules.decoder import DecoderConfig
 from mytune.training.checkpointing.files import TensorFile, TensorSpec, inside, read_json
 from mytune.training.checkpointing.formats import FORMATS, Format, parameter_shapes
@@ -27,7 +27,6 @@ _OPEN: Mapping[str, type[PickledFile] | type[SafetensorsFile]] = {
 }
 _FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-_SHOWN = 24  # tensors that an error names: more only scrolls its first line away
 
 CheckpointFiles = Sequence[str] | Mapping[str, str] | None
 
@@ -197,7 +196,7 @@ class Source:
         """Return what each group holds, in the order of its files.
 
         Raises:
-            CheckpointError: missing, unknown or different tensors; up to `_SHOWN` are named.
+            CheckpointError: missing, unknown or different tensors.
         """
         if self.is_quantized:
             raise CheckpointError(
@@ -226,11 +225,11 @@ class Source:
             if name not in held
         ]
         if problems:
-            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise CheckpointError(
                 f"{self.paths[0].parent}: {len(problems)} tensors do not fit the model; "
-                "mytune.models.auto_model takes the sizes from the checkpoint",
-                problems[:_SHOWN] + more,
+                "model._component_=mytune.models.auto_model with "
+                f"model.checkpoint_dir={self.paths[0].parent} takes the sizes from there",
+                shortened(problems),
             )
         return layout
 
