@@ -1,5 +1,10 @@
-"""Whether Triton is there: its kernels are for CUDA, and each has a plain way beside it."""
+"""Whether Triton can be used: its kernels are for CUDA, and each has a plain way beside it."""
 
+import os
+import shutil
 from importlib.util import find_spec
 
-HAS_TRITON = find_spec("triton") is not None
+# It compiles a launcher for each kernel, with the compiler that CC names or one of these.
+_COMPILERS = [name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name]
+
+HAS_TRITON = find_spec("triton") is not None and any(map(shutil.which, _COMPILERS))

@@ -201,7 +201,8 @@ class Config:
     fsdp_sync_every_micro_batch: bool = False
     # Seconds that a rank waits for the others before the run ends.
     distributed_timeout: float = 600.0
-    # Deterministic kernels: default, warn, or error where there is none; the same bits on CUDA.
+    # Deterministic kernels: default, warn, or error where there is none. Only error gives the same
+    # bits again on CUDA.
     cudnn_deterministic_mode: str | int | None = None
 
     # Print memory, steps and time of the run, and end: `tune run ... --dry-run`.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -81,7 +81,8 @@ class Decoding:
 
     A step is a list with every row's new token, None for rows that have ended: after
     `max_new_tokens`, before a stop token, where the model's positions end, or when `stop` is
-    called. `rows` holds what has come so far. A step is computed when it is asked for.
+    called. `rows` holds what has come so far. A step is computed when it is asked for; a GPU begins
+    with the one after it.
 
     Args:
         model: its weights say device and dtype.
@@ -156,8 +157,11 @@ class Decoding:
     def __iter__(self) -> Iterator[list[int | None]]:
         if not any(row.left for row in self.rows):
             return
-        steps = _decode(self._reader, self._tokens, self._choose, self._samples, self._logprobs)
-        for chosen, logprobs in steps:
+        steps = max(row.left for row in self.rows)
+        decoded = _decode(
+            self._reader, self._tokens, self._choose, self._samples, steps, self._logprobs
+        )
+        for chosen, logprobs in decoded:
             step = [
                 self._take(row, token, logprob)
                 for row, (token, logprob) in enumerate(zip(chosen, logprobs, strict=True))
@@ -247,12 +251,11 @@ def generate_batch(
 
 
 def _decode(
-    reader: Reader, tokens: Tensor, choose: Sampler, samples: int, logprobs: bool
+    reader: Reader, tokens: Tensor, choose: Sampler, samples: int, steps: int, logprobs: bool
 ) -> Iterator[tuple[list[int], Sequence[float | None]]]:
-    """Yield every row's next token and, if wanted, its log-probability, without end.
+    """Yield every row's next token and, if wanted, its log-probability, for so many steps.
 
-    `tokens` [b, s] is what is not read yet. After them each row becomes `samples` rows. A GPU is
-    given a token to read before the CPU knows it, and so never waits for the CPU.
+    `tokens` [b, s] is what is not read yet. After them each row becomes `samples` rows.
     """
     logits = reader.read(tokens)
     if not logits.isfinite().all():
@@ -262,28 +265,41 @@ def _decode(
     if samples > 1:
         reader.repeat(samples)
         logits = logits.repeat_interleave(samples, dim=0)
-    while True:
+    for left in range(steps - 1, -1, -1):
         chosen = choose(logits)
-        told = [_sent(chosen)]
-        if logprobs:
-            told.append(_sent(_logprobs(logits, chosen)))
-        if chosen.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
+        arrive = _send([chosen, _logprobs(logits, chosen)] if logprobs else [chosen])
+        ahead = _reads_ahead(chosen.device)
+        if left and ahead:
             logits = reader.read(chosen[:, None])
-            arrived.synchronize()
-        ids, *values = (each.tolist() for each in told)
+        ids, *values = arrive()
         yield ids, values[0] if values else [None] * len(ids)
-        if not chosen.is_cuda:
+        if left and not ahead:
             logits = reader.read(chosen[:, None])
 
 
-def _sent(values: Tensor) -> Tensor:
-    """Return values on the CPU, where they may still be on their way."""
-    if not values.is_cuda:
-        return values
-    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return there.copy_(values, non_blocking=True)
+def _reads_ahead(device: torch.device) -> bool:
+    """Say whether a token is read before the CPU knows it: so a GPU never waits for the CPU.
+
+    On the CPU a step would be computed for nothing where a stop token ends the text.
+    """
+    return device.type == "cuda"
+
+
+def _send(tensors: Sequence[Tensor]) -> Callable[[], list[list[Any]]]:
+    """Send tensors to the CPU; return a function that waits for them and returns them as lists."""
+    if not tensors[0].is_cuda:
+        return lambda: [tensor.tolist() for tensor in tensors]
+    there = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors]
+    for target, tensor in zip(there, tensors, strict=True):
+        target.copy_(tensor, non_blocking=True)
+    sent = torch.cuda.Event()
+    sent.record(torch.cuda.current_stream(tensors[0].device))
+
+    def arrive() -> list[list[Any]]:
+        sent.synchronize()
+        return [target.tolist() for target in there]
+
+    return arrive
 
 
 def _logprobs(logits: Tensor, chosen: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mytune.generation.row_linear import row_layout
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
-from mytune.quantization.tensors import inner_tensors
+from mytune.quantization.tensors import inner_tensors, numbers_and_scale
 
 
 class PackedLinear(nn.Module):
@@ -108,17 +108,9 @@ class Int8Linear(nn.Module):
 
 def is_int8(weight: Tensor) -> bool:
     """Say whether a weight is of 8-bit numbers and a scale for each row, and nothing else."""
-    if type(weight).__name__ != "Int8Tensor" or weight.dtype is not torch.bfloat16:
-        return False
-    if weight.shape[1] % 64:  # the kernel reads whole vectors, beyond the end of others
-        return False
-    inner = inner_tensors(weight)
-    zeros = inner.pop("zero_point", None)
-    rounded = getattr(weight, "act_quant_kwargs", None) is not None  # activations, too
-    plain = inner.keys() == {"qdata", "scale"} and not (
-        rounded or (zeros is not None and zeros.any())
-    )
-    return plain and inner["scale"].numel() == len(weight)
+    if weight.dtype is not torch.bfloat16 or weight.shape[1] % 64:
+        return False  # the kernel reads whole vectors, beyond the end of others
+    return numbers_and_scale(weight, ("Int8Tensor",)) is not None
 
 
 class Joined(nn.Module):
@@ -172,7 +164,7 @@ def pack_linears(model: Decoder, batch_size: int = 1, compile: bool = False) -> 
     for name in names:
         if packed := packed_linear(model.get_parameter(f"{name}.weight"), batch_size):
             model.set_submodule(name, packed)
-    if model.lm_head is None:
+    if model.lm_head is None and type(model.embed_tokens) is nn.Embedding:
         model.lm_head = packed_linear(model.embed_tokens.weight, batch_size)  # type: ignore[assignment]
 
 
@@ -183,11 +175,11 @@ def _join(module: nn.Module, names: Sequence[str]) -> None:
         return
     weights = [linear.get_parameter("weight") for linear in linears.values()]
     layouts = [layout for weight in weights if (layout := _joinable(weight))]
-    kinds = {kind for kind, _ in layouts}
+    kinds = {(kind, *(tensor.dtype for tensor in tensors)) for kind, tensors in layouts}
     if len(layouts) < len(weights) or len(kinds) > 1:
         return
     parts = zip(*(tensors for _, tensors in layouts), strict=True)
-    linear = kinds.pop()(*(torch.cat(each) for each in parts))
+    linear = layouts[0][0](*(torch.cat(each) for each in parts))
     joined = Joined(linear, [len(weight) for weight in weights])
     for index, name in enumerate(names):
         module.set_submodule(name, Part(joined, index))

@@ -5,6 +5,7 @@ Letters in shape comments: b batch, s tokens read at once, t keys, v vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Protocol
 
@@ -84,13 +85,14 @@ class StaticReader(CachedReader):
     def repeat(self, times: int) -> None:
         """Make `times` rows of every row, side by side."""
         super().repeat(times)
-        self._inputs = None
+        self._inputs = self._graph = self._logits = None
+        self._steps = 0
 
     # Not inference_mode: its tensors have no version, which what compiles and records may ask for.
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
         """Read the next tokens [b, s] of every row; return the logits after the last, [b, v]."""
-        if tokens.shape[1] > 1:
+        if tokens.shape[1] > 1 or not self.cache.filled:
             return super().read(tokens)
         if self.cache.filled == self.cache.length:
             raise RuntimeError(f"the KV cache is full: it has {self.cache.length} positions")
@@ -138,20 +140,29 @@ class StaticReader(CachedReader):
         """Record a step, if it can be: not if the CPU must wait for what the device has found."""
         with torch.cuda.device(self._slots.device):
             torch.cuda.synchronize()
-            before = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                self._call()
-            except RuntimeError as error:
-                if "synchronizing" not in str(error):
-                    raise
+            if _waits(self._call):
                 return
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._logits = self._call()
             self._graph = graph
+
+
+def _waits(work: Callable[[], object]) -> bool:
+    """Do some work on a GPU; return whether the CPU would have to wait for it in between."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 class _StaticKeys:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mytune._triton import HAS_TRITON
-from mytune.quantization.tensors import inner_tensors
+from mytune.quantization.tensors import numbers_and_scale
+
+KINDS = ("Int8Tensor", "Float8Tensor")
 
 
 class RowLinear(nn.Module):
@@ -42,11 +44,5 @@ def row_layout(weight: Tensor) -> tuple[Callable[..., nn.Module], tuple[Tensor, 
 
     if type(weight) is nn.Parameter:
         return (RowLinear, (weight.detach(),)) if fits(weight) else None
-    inner = inner_tensors(weight) if hasattr(type(weight), "tensor_data_names") else {}
-    zeros = inner.pop("zero_point", None)
-    rounds = getattr(weight, "act_quant_kwargs", None) is not None  # activations, too
-    if inner.keys() != {"qdata", "scale"} or rounds or (zeros is not None and zeros.any()):
-        return None
-    numbers, scale = inner["qdata"], inner["scale"].flatten()
-    fitting = numbers.ndim == 2 and len(scale) == len(numbers) and fits(numbers)
-    return (RowLinear, (numbers, scale)) if fitting else None
+    parts = numbers_and_scale(weight, KINDS)
+    return (RowLinear, parts) if parts and fits(parts[0]) else None

@@ -43,6 +43,9 @@ def _product(  # type: ignore[no-untyped-def]
 
 def fits(weight: Tensor) -> bool:
     """Say whether a weight [out, in] of 8-bit or wider numbers can be given to `row_product`."""
+    is_float8 = weight.itemsize == 1 and weight.is_floating_point()
+    if is_float8 and torch.cuda.get_device_capability(weight.device) < (8, 9):
+        return False
     rows, columns = _tile(weight)
     return columns >= 256 and len(weight) % rows == 0 and weight.is_contiguous()
 

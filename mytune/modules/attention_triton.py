@@ -100,13 +100,16 @@ def _merge(  # type: ignore[no-untyped-def]
     tl.store(out + query * DIM + column, (whole / total).to(out.dtype.element_ty))
 
 
-def takes(q: Tensor, mask: Tensor | None) -> bool:
-    """Say whether queries [b, k, g, e] and a mask are such as `attend_one` reads."""
+def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Say whether queries, keys, values and a mask are such as `attend_one` reads."""
     dim = q.shape[-1]
     return (
         mask is not None
         and mask.is_floating_point()
-        and 16 <= dim <= 256
+        and mask.shape[1:3] == (1, 1)
+        and k.is_contiguous()
+        and v.is_contiguous()
+        and 16 <= dim <= 512 // q.element_size()  # of shared memory there is no more
         and dim & (dim - 1) == 0
         and q.shape[2] <= _ROWS
     )

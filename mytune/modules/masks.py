@@ -102,7 +102,7 @@ def attend_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     if q.is_cuda and HAS_TRITON:
         from mytune.modules.attention_triton import attend_one, takes
 
-        if takes(q, mask):
+        if takes(q, k, v, mask):
             out: Tensor = attend_one(q, k, v, mask)
             return out
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

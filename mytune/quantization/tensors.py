@@ -8,7 +8,7 @@ transformers and vLLM read the same. What torchao has no rule for is written her
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,21 @@ def inner_tensors(tensor: Tensor) -> dict[str, Tensor]:
     names = [*kind.tensor_data_names, *getattr(kind, "optional_tensor_data_names", ())]
     found = {name: getattr(tensor, name) for name in names}
     return {name: inner for name, inner in found.items() if inner is not None}
+
+
+def numbers_and_scale(tensor: Tensor, kinds: Collection[str]) -> tuple[Tensor, Tensor] | None:
+    """Return the numbers [n, m] and scale [n] that a tensor of one of these kinds is, if all it is.
+
+    None where groups of a row have scales of their own, or inputs are to be rounded, too.
+    """
+    if type(tensor).__name__ not in kinds or getattr(tensor, "act_quant_kwargs", None) is not None:
+        return None
+    inner = inner_tensors(tensor)
+    zeros = inner.pop("zero_point", None)
+    if inner.keys() != {"qdata", "scale"} or (zeros is not None and zeros.any()):
+        return None
+    numbers, scale = inner["qdata"], inner["scale"].flatten()
+    return (numbers, scale) if numbers.ndim == 2 and len(scale) == len(numbers) else None
 
 
 def stored_bytes(tensor: Tensor) -> int:

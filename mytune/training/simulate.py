@@ -221,7 +221,8 @@ def kernels_of(device: str, compiled: bool = False) -> Iterator[None]:
 
     Compiled, only products and attention are kernels of a library.
     """
-    stand_ins = _CPU if device == "cpu" else _CUDA
+    stand_ins = _CPU if device == "cpu" else _OTHER
+    stand_ins = [*stand_ins, _LOSS] if device == "cuda" else stand_ins
     stand_ins = [each for each in stand_ins if not (compiled and each[1] == "rms_norm")]
     own = [(where, name, getattr(where, name)) for where, name, _ in stand_ins]
     try:
@@ -316,10 +317,10 @@ _CPU: list[tuple[Any, str, Any]] = [
     (F, "scaled_dot_product_attention", _cpu_attention),
     _DEQUANTIZE,
 ]
-_CUDA: list[tuple[Any, str, Any]] = [
+_OTHER: list[tuple[Any, str, Any]] = [
     (F, "scaled_dot_product_attention", _cuda_attention),
     (F, "rms_norm", _fused_norm),
     (F, "dropout", _fused_dropout),
-    (losses, "_loss_and_gradient", _loss_in_place),
     _DEQUANTIZE,
 ]
+_LOSS = (losses, "_loss_and_gradient", _loss_in_place)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from mytune.generation.generate import _left_padded
 from mytune.generation.reading import CachedReader, StaticReader, UncachedReader
 from tests.generation.conftest import VARIED
 from tests.hf import twins
+
+DECODING = sys.modules["mytune.generation.generate"]  # the package's `generate` is a function
 
 # Of 1 to 40 tokens, the longest one neither first nor last.
 PROMPTS = [[1, 5, 9], [1], [(7 * i + 1) % 160 for i in range(40)], [1, 80, 3, 20, 11, 9, 30]]
@@ -134,6 +138,34 @@ def test_logprobs_are_those_of_the_model_alone(warm):
             logits = model(torch.tensor([prompt + row.tokens]))[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)[range(20), row.tokens]
         torch.testing.assert_close(torch.tensor(row.logprobs), expected, rtol=0, atol=2e-6)
+
+
+def decoded(model, prompts, **settings):
+    """Return tokens, log-probabilities and ends of all rows, and how often the model read."""
+    reads, handle = [], model.layers[0].register_forward_hook(lambda *_: reads.append(1))
+    seed = torch.Generator().manual_seed(1)
+    decoding = Decoding(model, prompts, logprobs=True, generator=seed, **settings)
+    list(decoding)
+    handle.remove()
+    return [(row.tokens, row.logprobs, row.ended) for row in decoding.rows], len(reads)
+
+
+WARM = {"temperature": 1.0, "repetition_penalty": 1.2, "num_samples": 2}
+
+
+@pytest.mark.parametrize("settings", [{}, WARM, {"enable_kv_cache": False}], ids=str)
+def test_reading_ahead_changes_nothing(settings, monkeypatch):
+    """As on a GPU, which begins with a step before the CPU knows the token."""
+    model, _ = twins(**VARIED)
+    settings = {"max_new_tokens": [12, 1, 9, 9][: len(PROMPTS)], **settings}
+    expected, reads = decoded(model, PROMPTS, **settings)
+    stop = expected[0][0][4]
+    stopped, fewer = decoded(model, PROMPTS, stop_tokens=[stop], **settings)
+    monkeypatch.setattr(DECODING, "_reads_ahead", lambda device: True)
+    assert decoded(model, PROMPTS, **settings) == (expected, reads)
+    found, ahead = decoded(model, PROMPTS, stop_tokens=[stop], **settings)
+    assert found == stopped
+    assert fewer <= ahead <= fewer + 1  # what was begun when the last row ended
 
 
 def test_nothing_is_made_of_no_prompts():

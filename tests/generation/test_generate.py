@@ -91,6 +91,31 @@ def test_float32_that_is_no_rounded_bfloat16_is_not_kept_in_half(monkeypatch):
     assert pack_for("AVX2", model, monkeypatch) == (0, 2, 0, 3 * 7 + 1 - 2)
 
 
+def test_weights_of_unlike_numbers_are_not_joined(monkeypatch):
+    """As where a filter quantized some linears only."""
+    packed, plain = rounded_twins()
+    q_proj = packed.layers[1].attn.q_proj.weight
+
+    def layout(weight):
+        parts = (weight.detach(), torch.ones(len(weight)))
+        return (Scaled, parts) if weight is q_proj else (Scaled, parts[:1])
+
+    monkeypatch.setattr("mytune.generation.packing._joinable", layout)
+    pack_linears(packed)
+    assert sum(type(module) is Joined for module in packed.modules()) == 3 * 2 - 1
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(packed(tokens), plain(tokens))
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, weight, scale=None):
+        super().__init__()
+        self.weight, self.scale = weight, scale
+
+    def forward(self, x):
+        return x @ self.weight.T * (1 if self.scale is None else self.scale)
+
+
 @pytest.mark.parametrize("scale", [2.0**-100, 1e-9, 1.0, 2.0**100])
 def test_numbers_of_any_size_fit_half_if_bfloat16_rounded_them(scale):
     weight = (torch.randn(700, 300) * scale).bfloat16()

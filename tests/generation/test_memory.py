@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from mytune.generation import Decoding, Memory, generate
 from mytune.generation.reading import StaticReader
 from tests.generation.conftest import VARIED
 from tests.hf import twins
+
+DECODING = sys.modules["mytune.generation.generate"]  # the package's `generate` is a function
 
 
 def continued(model, prompt, count, **settings):
@@ -34,6 +38,17 @@ def test_a_conversation_reads_only_what_is_new(static):
         # The answer's last token has not been read yet.
         assert forwards == [len(question) + (4 if len(prompt) == 7 else 1)] + [1] * 9
         prompt += answer
+
+
+def test_reading_ahead_of_a_stop_token_spoils_nothing(monkeypatch):
+    model, _ = twins(**VARIED)
+    stop = continued(model, [1, 5, 9, 7], 20)[8]
+    told = [continued(model, [1, 5, 9, 7, *end], 20, stop_tokens=[stop]) for end in ([], [3], [4])]
+    monkeypatch.setattr(DECODING, "_reads_ahead", lambda device: True)
+    memory = Memory(model, 100)
+    for end, expected in zip(([], [3], [4]), told, strict=True):
+        prompt = [1, 5, 9, 7, *end]
+        assert continued(model, prompt, 20, stop_tokens=[stop], memory=memory) == expected
 
 
 def test_what_differs_is_read_again():

@@ -23,18 +23,22 @@ from mytune.config import instantiate
 from mytune.errors import ConfigError, ResourceError
 from mytune.generation import pack_linears
 from mytune.generation.packing import Int8Linear, is_int8
+from mytune.generation.row_linear import KINDS
 from mytune.models import auto_model
 from mytune.modules import LinearCrossEntropyLoss
 from mytune.quantization import (
     QUANTIZERS,
     Float8DynActFloat8WeightQuantizer,
+    Float8WeightOnlyQuantizer,
     Int4WeightOnlyQuantizer,
     Int8DynActInt4WeightQuantizer,
+    Int8DynActInt8WeightQuantizer,
     Int8WeightOnlyQuantizer,
     check_quantizer,
     quantize_linears,
     stored_bytes,
 )
+from mytune.quantization.tensors import numbers_and_scale
 from tests.quantization.conftest import CPU, ON_CPU, load, some_tokens
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -114,6 +118,27 @@ def test_a_quantized_head_has_the_same_loss_fused_or_not(base):
         whole = model(batch["tokens"]).flatten(0, 1)
     expected = F.cross_entropy(whole, batch["labels"].flatten(), reduction="sum")
     assert torch.allclose(fused, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "is_made_of_them"),
+    [
+        (Int8WeightOnlyQuantizer(), True),
+        (Float8WeightOnlyQuantizer(), True),
+        (Int8DynActInt8WeightQuantizer(), False),  # rounds inputs, too
+        (Int8DynActInt4WeightQuantizer(64), False),
+        (Int4WeightOnlyQuantizer(64), False),
+    ],
+)
+def test_numbers_and_a_scale_are_told_of_weights_that_are_no_more(quantizer, is_made_of_them):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).to(BF16)
+    quantize_(model, quantizer.config(CPU))
+    found = numbers_and_scale(model[0].weight, KINDS)
+    assert (found is not None) == is_made_of_them
+    if found:
+        numbers, scale = found
+        weight = numbers.float() * scale[:, None].float()
+        torch.testing.assert_close(weight, model[0].weight.dequantize().float(), rtol=1e-2, atol=0)
 
 
 def test_packed_8_bit_linears_compute_the_same(base):
