@@ -53,7 +53,7 @@ def allow(names: Iterable[str]) -> None:
 
 
 def refusal(name: str) -> str | None:
-    """Return why a component of this name must not be built; None if it may. Imports none."""
+    """Return why a component of this name must not be built; None if it may. It is not imported."""
     parts = name.split(".")
     if len(parts) < 2 or not all(part.isidentifier() and part[:2] != "__" for part in parts):
         like = f"; did you mean {full!r}?" if (full := _full_name(name)) else ""

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from mytune.generation.row_linear import row_layout
+from mytune.generation.row_linear import Layout, row_layout
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
 from mytune.quantization.tensors import inner_tensors, numbers_and_scale
@@ -201,9 +201,6 @@ def packed_linear(weight: Tensor, rows: int) -> nn.Module | None:
         return Int8Linear(weight)
     onednn = type(weight) is nn.Parameter and _has_avx512() and _works(PackedLinear, weight.dtype)
     return PackedLinear(weight, rows) if onednn else None
-
-
-Layout = tuple[Callable[..., nn.Module], tuple[Tensor, ...]]
 
 
 def _joinable(weight: Tensor) -> Layout | None:

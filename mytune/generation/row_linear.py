@@ -11,6 +11,7 @@ from mytune._triton import HAS_TRITON
 from mytune.quantization.tensors import numbers_and_scale
 
 KINDS = ("Int8Tensor", "Float8Tensor")
+Layout = tuple[Callable[..., nn.Module], tuple[Tensor, ...]]  # a linear, what it is made of by rows
 
 
 class RowLinear(nn.Module):
@@ -36,7 +37,7 @@ class RowLinear(nn.Module):
         return y if self.scale is None else (y * self.scale).to(x.dtype)
 
 
-def row_layout(weight: Tensor) -> tuple[Callable[..., nn.Module], tuple[Tensor, ...]] | None:
+def row_layout(weight: Tensor) -> Layout | None:
     """Return the linear that is made for a weight on a GPU and its tensors by rows, or None."""
     if not HAS_TRITON:
         return None

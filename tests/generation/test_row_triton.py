@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.triton import run_in_interpreter
 
 SCRIPT = """
 import torch
@@ -27,9 +23,4 @@ torch.library.opcheck(row_product, (x, weight.float()))
 
 
 def test_the_kernels_give_what_linears_give() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_interpreter(SCRIPT)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.triton import run_in_interpreter
 
 SCRIPT = """
 import torch
@@ -27,9 +23,4 @@ torch.library.opcheck(attend_one, (q, k, v, mask))
 
 
 def test_the_kernel_is_attention() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_interpreter(SCRIPT)

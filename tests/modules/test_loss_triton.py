@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.triton import run_in_interpreter
 
 SCRIPT = """
 import torch
@@ -27,9 +23,4 @@ for rows, columns in ((1, 1), (3, 7), (2, 4096), (5, 9001)):
 
 
 def test_the_kernel_gives_loss_and_gradient() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_interpreter(SCRIPT)

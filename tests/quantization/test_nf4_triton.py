@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.triton import run_in_interpreter
 
 # The interpreter cuts off what bfloat16 cannot hold, where a GPU rounds: float16 tells as much.
 SCRIPT = """
@@ -25,9 +21,4 @@ torch.library.opcheck(dequantize_kernel, (*packed, 130, 256, torch.float32))
 
 
 def test_the_kernel_gives_what_the_table_gives() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_interpreter(SCRIPT)

@@ -217,6 +217,11 @@ def test_groups_that_fit_nothing_are_refused(base):
         assert "groupsize" in error.message or "divisible" in error.message
 
 
+def test_a_config_of_torchaos_that_leaves_all_as_it_is_is_refused(base):
+    error = refused(PrototypeInt4WeightOnlyConfig(group_size=128), base)
+    assert error.exit_code == 2 and "would quantize nothing" in error.message
+
+
 def test_groups_that_fit_some_linears_are_taken(base, caplog):
     model = load(base, quantizer=Int4WeightOnlyQuantizer(64))
     assert type(model.layers[0].mlp.down_proj.weight) is nn.Parameter  # 96 inputs
