@@ -340,14 +340,15 @@ def main(cfg: Config) -> None:
                 metrics |= memory_stats(device)
             epoch_ends = step % loader.steps_per_epoch == 0
             if val_loader and is_due(step, cfg.run_val_every_n_steps, otherwise=epoch_ends):
-                metrics["val_loss"] = validate(model, loss_fn, val_loader, device)
-                log.info("step %d: val_loss %.4f", step, metrics["val_loss"])
+                scores = validate(model, loss_fn, val_loader, device, stop)
+                log.info("step %d: %s", step, in_words(scores))
+                metrics |= scores
             if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics:
                 logger.log_dict(metrics, step)
             progress.update(step, loss_value, speed)
             profiler.step()
 
-            stopping = all_sum(float(stop.requested), device) > 0
+            stopping = stop.on_any_rank(device)
             if epoch_ends or stopping or is_due(step, cfg.save_every_n_steps):
                 name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
                 totals = trained_tokens, seconds
@@ -358,9 +359,9 @@ def main(cfg: Config) -> None:
             if tasks and is_due(step, cfg.eval_every_n_steps, otherwise=epoch_ends):
                 chat = cfg.eval_chat_template
                 scores = evaluate_scores(
-                    model, tokenizer, tasks, limit=cfg.eval_limit, chat_template=chat
+                    model, tokenizer, tasks, limit=cfg.eval_limit, chat_template=chat, stop=stop
                 )
-                log.info("step %d: %s", step, " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+                log.info("step %d: %s", step, in_words(scores))
                 logger.log_dict(scores, step)
             lap = time.perf_counter()
         checkpointer.finish()
@@ -666,18 +667,29 @@ def is_due(step: int, every: int | None, otherwise: bool = False) -> bool:
 
 
 @torch.no_grad()
-def validate(model: Decoder, loss_fn: Any, loader: BatchLoader, device: torch.device) -> float:
-    """Return the loss per trained token of the validation rows."""
+def validate(
+    model: Decoder, loss_fn: Any, loader: BatchLoader, device: torch.device, stop: StopSignal
+) -> dict[str, float]:
+    """Return the loss per trained token of the validation rows, or nothing if asked to stop."""
     model.eval()
     loss = torch.zeros((), device=device)
-    tokens = 0
+    tokens, stopping = 0, False
     for micro_batches in loader.steps(epoch=0):
+        if stopping := stop.on_any_rank(device):
+            break
         tokens += count_targets(micro_batches)
         for batch in micro_batches:
             loss += loss_fn(model, to_device(batch, device))
     reshard(model)
     model.train()
-    return all_sum(loss.item(), device) / max(all_sum(tokens, device), 1)
+    if stopping:
+        return {}
+    return {"val_loss": all_sum(loss.item(), device) / max(all_sum(tokens, device), 1)}
+
+
+def in_words(scores: dict[str, float]) -> str:
+    """Return scores for the log; there are none where the run was asked to stop meanwhile."""
+    return " ".join(f"{k} {v:.4f}" for k, v in scores.items()) or "not evaluated: stopping"
 
 
 def save(

@@ -22,6 +22,7 @@ from mytune.evaluation.scoring import Request, score
 from mytune.generation import Sampling
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import Message, ModelTokenizer
+from mytune.training.signals import StopSignal
 
 log = logging.getLogger("mytune")
 
@@ -43,6 +44,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         max_seq_length: longest context and continuation; at most the model's positions.
         enable_kv_cache: generate with one; without, every token reads the whole text again.
         seed: of generation that samples.
+        stop: see `evaluate`.
     """
 
     def __init__(
@@ -54,11 +56,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         max_seq_length: int | None = None,
         enable_kv_cache: bool = True,
         seed: int = 0,
+        stop: StopSignal | None = None,
     ) -> None:
         super().__init__()
         check_batch_size(batch_size)
         self.model = model
-        self._tokenizer = tokenizer
+        self._tokenizer, self._stop = tokenizer, stop
         self.batch_size, self._enable_kv_cache, self._seed = batch_size, enable_kv_cache, seed
         positions = model.config.max_seq_len
         self.max_length = min(max_seq_length or positions, positions)
@@ -147,7 +150,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         ends = [
             Request(r.context[n:], r.continuation) for r, n in zip(requests, extra, strict=True)
         ]
-        return score(self.model, ends, batch_size=self.batch_size)
+        return score(self.model, ends, batch_size=self.batch_size, stop=self._stop)
 
     def _warn(self, count: int, total: int) -> None:
         if count:
@@ -176,6 +179,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             batch_size=self.batch_size,
             enable_kv_cache=self._enable_kv_cache,
             seed=self._seed,
+            stop=self._stop,
         )
         return [
             cut_at_stops(text, list(prompt.until), None)

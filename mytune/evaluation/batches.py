@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mytune.errors import ConfigError
 from mytune.training.distributed import gather_objects, rank, world_size
+from mytune.training.signals import StopSignal
 
 log = logging.getLogger("mytune")
 
@@ -21,6 +22,10 @@ _AUTO_ELSEWHERE = 32768
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class EvaluationStopped(Exception):
+    """The run was asked to stop: what has been evaluated so far is of no use."""
 
 
 def check_batch_size(batch_size: int | str) -> None:
@@ -51,13 +56,19 @@ def run_batches(
     batches: Sequence[list[Item]],
     work: Callable[[list[Item]], Mapping[int, Result]],
     description: str,
+    device: torch.device,
+    *,
     shared: bool = True,
+    stop: StopSignal | None = None,
 ) -> dict[int, Result]:
     """Return what `work` finds in all batches, by the keys it gives, on every rank.
 
     Ranks take turns, so that each gets long and short ones. All do the same number of batches, as
     sharded models demand: who has one less repeats the first. The batches are those of one process,
     and so are the results, to the bit. If not `shared`, every rank does all of them.
+
+    Raises:
+        EvaluationStopped: between two batches, if `stop` was requested on any rank.
     """
     if not batches:
         return {}
@@ -69,6 +80,8 @@ def run_batches(
     hidden = rank() > 0
     with tqdm(total=turns, desc=description, mininterval=often, disable=hidden) as bar:
         for turn in range(turns):
+            if stop and stop.on_any_rank(device):
+                raise EvaluationStopped
             results |= _in_memory(mine[turn] if turn < len(mine) else batches[0], work)
             bar.update()
     return {key: value for part in gather_objects(results) for key, value in part.items()}

@@ -15,6 +15,7 @@ from mytune.evaluation.trees import TREE, plant, stack
 from mytune.generation import Decoding, KVCache, Sampling
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
+from mytune.training.signals import StopSignal
 
 _MORE = 4  # times as many tokens as when scoring: a step reads all weights, however few rows it has
 
@@ -86,11 +87,13 @@ def continue_prompts(
     batch_size: int | str = "auto",
     enable_kv_cache: bool = True,
     seed: int = 0,
+    stop: StopSignal | None = None,
 ) -> list[str]:
     """Return each prompt's continuation, which may go on a little after a stop string.
 
     Prompts of one length and one kind of sampling go together. Ranks share the work, and all know
-    all texts; draws depend on the seed and the batch, not on the number of ranks.
+    all texts; draws depend on the seed and the batch, not on the number of ranks. For `stop`,
+    see `run_batches`.
     """
     device = model.device
     kinds: dict[str, list[int]] = {}
@@ -110,7 +113,7 @@ def continue_prompts(
 
     # Batches take unlike numbers of steps, and ranks with a part of the model each must step alike.
     whole = not any(isinstance(p, DTensor) for p in model.parameters())
-    texts = run_batches(batches, work, "generation", shared=whole)
+    texts = run_batches(batches, work, "generation", device, shared=whole, stop=stop)
     return [texts[i] for i in range(len(prompts))]
 
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
+from mytune.evaluation.batches import EvaluationStopped
 from mytune.evaluation.tasks import Tasks
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
 from mytune.training.distributed import rank
 from mytune.training.sharding import reshard
+from mytune.training.signals import StopSignal
 
 Results = dict[str, Any]
 
@@ -30,6 +32,7 @@ def evaluate(
     system_instruction: str | None = None,
     seed: int = 1234,
     bootstrap_iters: int = 100_000,
+    stop: StopSignal | None = None,
 ) -> Results:
     """Return the harness's results: `results` by task and metric, `versions`, `n-shot` and more.
 
@@ -48,6 +51,10 @@ def evaluate(
         system_instruction: a system message, or a text before all else.
         seed: of few-shot examples that are drawn, and of generation that samples.
         bootstrap_iters: of standard errors without a formula; 0 leaves them out.
+        stop: ends the evaluation, between two batches.
+
+    Raises:
+        EvaluationStopped: `stop` was requested.
     """
     import lm_eval
 
@@ -60,6 +67,7 @@ def evaluate(
         max_seq_length=max_seq_length,
         enable_kv_cache=enable_kv_cache,
         seed=seed,
+        stop=stop,
     )
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=seed)  # anew: drawing has moved it on
@@ -85,16 +93,21 @@ def evaluate_scores(
 ) -> dict[str, float]:
     """Return `eval/TASK/METRIC` of a model in training, which stays in training mode.
 
+    Nothing, if `stop` was requested before the end.
+
     Args:
         settings: further arguments of `evaluate`.
     """
     model.eval()
-    results = evaluate(model, tokenizer, tasks, bootstrap_iters=0, **settings)
+    try:
+        results = evaluate(model, tokenizer, tasks, bootstrap_iters=0, **settings)["results"]
+    except EvaluationStopped:
+        results = {}
     reshard(model)
     model.train()
     return {
         f"eval/{task}/{metric}": value
-        for task, metrics in results["results"].items()
+        for task, metrics in results.items()
         for metric, value in numbers(metrics).items()
     }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mytune.evaluation.batches import cut, run_batches
 from mytune.evaluation.trees import TREE, Tree, plant, stack
 from mytune.modules.decoder import Decoder
+from mytune.training.signals import StopSignal
 
 _LOGITS = 2**25  # logits at a time: 128 MiB
 
@@ -28,7 +29,11 @@ class Request(NamedTuple):
 
 
 def score(
-    model: Decoder, requests: Sequence[Request], *, batch_size: int | str = "auto"
+    model: Decoder,
+    requests: Sequence[Request],
+    *,
+    batch_size: int | str = "auto",
+    stop: StopSignal | None = None,
 ) -> list[tuple[float, bool]]:
     """Return each continuation's log-likelihood, and whether it is what greedy decoding gives.
 
@@ -38,6 +43,7 @@ def score(
         model: in eval mode; its weights say the device.
         requests: contexts of at least one token; continuations may be empty.
         batch_size: trees (see `mytune.evaluation.trees`) at once, or "auto".
+        stop: see `run_batches`.
     """
     trees = plant([request.read for request in requests], TREE)
     batches = cut(trees, len, batch_size, model.device)
@@ -45,7 +51,7 @@ def score(
     def work(batch: list[Tree]) -> dict[int, tuple[float, bool]]:
         return _score_trees(model, batch, requests)
 
-    scores = run_batches(batches, work, "log-likelihoods")
+    scores = run_batches(batches, work, "log-likelihoods", model.device, stop=stop)
     return [scores[i] for i in range(len(requests))]
 
 

@@ -9,6 +9,10 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+
+from mytune.training.distributed import all_sum
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -36,6 +40,10 @@ class StopSignal:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def on_any_rank(self, device: torch.device) -> bool:
+        """Say whether any rank has been asked to stop; every rank must call it."""
+        return all_sum(float(self.requested), device) > 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:

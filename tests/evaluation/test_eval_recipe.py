@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from mytune.assets import ASSETS
 from mytune.cli.main import main
 from mytune.errors import DataError
-from mytune.evaluation import harness
+from mytune.evaluation import batches, continuing, harness
 from tests.checkpointing.tiny import torchtune_state
 from tests.evaluation.conftest import run_lm_eval
 from tests.hf import tiny_llama
@@ -267,6 +268,12 @@ def test_two_ranks_score_as_one(tune, base, tasks_folder, tmp_path):
     assert done.stdout == out  # and said once
 
 
+def curve_of(folder):
+    """Return each step's loss and gradient norm."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
 @pytest.mark.parametrize("every", [None, 2])
 def test_a_run_evaluates_while_it_trains(tmp_path, every):
     words = [f"output_dir={tmp_path}", "eval_tasks=[dates]", "eval_limit=3", "batch_size=4"]
@@ -294,6 +301,33 @@ def test_a_task_that_fails_costs_nothing_that_was_trained(tmp_path, monkeypatch,
     assert (tmp_path / "summary.json").exists()
 
 
+def test_a_signal_ends_an_evaluation_and_the_run_can_go_on(tmp_path, monkeypatch, capfd):
+    words = ["eval_tasks=[dates]", f"eval_include_path={ASSETS / 'tasks'}", "dataset_val=null"]
+    words += ["eval_limit=6", "eval_every_n_steps=2", "max_steps_per_epoch=4", "batch_size=4"]
+    config = ["run", "lora_finetune_single_device", "--config", "tiny/lora_single_device", *words]
+    monkeypatch.setitem(batches._AUTO, "cpu", 1)  # a batch is a question
+    assert main([*config, f"output_dir={tmp_path / 'straight'}"]) == 0
+
+    answered = []
+    answer = continuing._continue
+
+    def answer_and_signal(*args):
+        answered.append(args)
+        if len(answered) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return answer(*args)
+
+    monkeypatch.setattr(continuing, "_continue", answer_and_signal)
+    stopped = [*config, f"output_dir={tmp_path / 'stopped'}"]
+    assert main(stopped) == 75
+    assert len(answered) == 2
+    assert "not evaluated: stopping" in capfd.readouterr().err
+    assert (tmp_path / "stopped" / "step_3").exists()
+    assert main([*stopped, "resume_from_checkpoint=true"]) == 0
+    curves = [curve_of(tmp_path / name) for name in ("straight", "stopped")]
+    assert curves[0] == curves[1] and len(curves[0]) == 4
+
+
 def test_evaluating_changes_nothing_of_a_run(tmp_path):
     config = ["lora_finetune_single_device", "--config", "tiny/lora_single_device"]
     words = ["max_steps_per_epoch=3", "batch_size=4", "dataset_val=null"]
@@ -301,12 +335,5 @@ def test_evaluating_changes_nothing_of_a_run(tmp_path):
     tasks += [f"eval_include_path={ASSETS / 'tasks'}"]
     for name, more in {"plain": [], "measured": tasks}.items():
         assert main(["run", *config, *words, f"output_dir={tmp_path / name}", *more]) == 0
-    curves = [
-        [
-            (row["loss"], row["grad_norm"])
-            for row in map(json.loads, file.read_text().splitlines())
-            if "loss" in row
-        ]
-        for file in sorted(tmp_path.glob("*/metrics.jsonl"))
-    ]
+    curves = [curve_of(tmp_path / name) for name in ("plain", "measured")]
     assert curves[0] == curves[1] and len(curves[0]) == 3

@@ -110,7 +110,8 @@ def test_what_does_not_fit_into_memory_is_halved(caplog):
             raise torch.OutOfMemoryError("full")
         return {i: -i for i in batch}
 
-    assert run_batches([[1, 2, 3, 4, 5], [6]], work, "test") == {i: -i for i in range(1, 7)}
+    found = run_batches([[1, 2, 3, 4, 5], [6]], work, "test", torch.device("cpu"))
+    assert found == {i: -i for i in range(1, 7)}
     assert seen == [5, 2, 3, 1, 2, 1]
     assert "a batch of 5 does not fit into memory" in caplog.text
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mytune.datasets import BatchLoader
 from mytune.training import checkpointing
 from mytune.training.checkpointing import checkpointers
 from tests.recipes.conftest import LORA, curve
@@ -196,6 +197,27 @@ def test_r7_a_signal_ends_the_step_saves_and_can_be_resumed(run, config, tmp_pat
     resumed = run(config, "resume_from_checkpoint=True", f"epochs={epochs}")
     straight = {**config, "output_dir": config["output_dir"] + "_straight"}
     assert curve(resumed) == curve(run(straight, f"epochs={epochs}"))
+
+
+def test_r7_a_signal_ends_a_validation(run, config, monkeypatch):
+    config |= {"dataset_val": config["dataset"], "run_val_every_n_steps": 2, "epochs": 1}
+    expected = run({**config, "output_dir": config["output_dir"] + "_straight"})
+    steps, seen = BatchLoader.steps, []
+
+    def signal_in_validation(self, epoch, start=0):
+        for step in steps(self, epoch, start):
+            if not self.shuffle:
+                seen.append(step)
+                signal.raise_signal(signal.SIGTERM)
+            yield step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchLoader, "steps", signal_in_validation)
+        stopped = run(config, code=75)
+    assert len(seen) == 1
+    assert [m["step"] for m in stopped] == [1, 2] and "val_loss" not in stopped[-1]
+    resumed = run(config, "resume_from_checkpoint=True")
+    assert curve(resumed) == curve(expected)
 
 
 def test_r2_a_kill_never_costs_the_last_good_checkpoint(run, config, tmp_path):
