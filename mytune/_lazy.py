@@ -1,10 +1,14 @@
-"""Public names that are imported on first use, so that a package costs nothing until it is used."""
+"""Imports on first use, so that a package costs nothing until it is used, and quiet ones."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
+
+_NOISY = ("torchao", "torch.utils._pytree")  # what they warn of at import is nothing to act on
 
 
 def lazy_names(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
@@ -21,3 +25,16 @@ def lazy_names(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(f"{package}.{where[name]}"), name)
 
     return get
+
+
+def import_quietly(module: str) -> ModuleType:
+    """Import and return a module, without torchao's warnings about itself."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        return importlib.import_module(module)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mytune._lazy import import_quietly
 from mytune.config.torchtune import our_name
 from mytune.config.types import KEY
 from mytune.errors import ConfigError, ResourceError, did_you_mean
@@ -131,7 +132,7 @@ def _import_module(name: str) -> tuple[ModuleType, list[str]]:
     for end in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:end])
         try:
-            return importlib.import_module(module), parts[end:]
+            return import_quietly(module), parts[end:]
         except Exception as error:
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             if missing is None or not f"{module}.".startswith(f"{missing}.") or end == 1:

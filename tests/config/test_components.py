@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +194,10 @@ def test_a_function_of_ours_that_no_config_is_made_of_is_refused(name: str) -> N
     """`load_or_write` removes the folder it is given, `_tracker` imports any module."""
     with pytest.raises(ConfigError, match=r"not a component|not allowed"):
         find_component(name)
+
+
+def test_torchao_says_nothing_of_its_own_when_it_is_imported() -> None:
+    code = "from mytune.config.components import find_component as f; f('torchao.optim.AdamW8bit')"
+    loud = {k: v for k, v in os.environ.items() if k != "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"}
+    done = subprocess.run([sys.executable, "-c", code], env=loud, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
