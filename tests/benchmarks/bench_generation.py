@@ -3,7 +3,7 @@ Llamas: mytune, torchtune with its KV cache, transformers. In float32 all must g
 They run at once and take turns, one batch each; times are CPU seconds where there is one thread.
 Tokens per second count the new tokens of all rows over prefill and decoding together. The last
 column is mytune's time for the last 64 of 512 tokens over that for the first 64: with a KV cache it
-is near 1.
+is near 1. `huge pages` is mytune with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which Linux heeds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tests.benchmarks.model import DTYPES, SHAPES, Shape, write_model
 TITLE = "Generation"
 PROMPT = 64
 NEW = 64
+HUGE_PAGES = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
 ROWS = (1, 8)
 
 
@@ -77,8 +78,11 @@ def commands(folder: Path, shape: Shape, dtype: str, rows: int) -> dict[str, Seq
         "torchtune": TORCHTUNE_PYTHON,
         "transformers": sys.executable,
     }
-    return {
+    found = {
         name: [python, "-m", f"tests.benchmarks.peers.{name}_generate", json.dumps(settings)]
         for name, python in pythons.items()
         if python
     }
+    if sys.platform == "linux":
+        found["mytune, huge pages"] = ["env", HUGE_PAGES, *found["mytune"]]
+    return found
