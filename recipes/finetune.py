@@ -27,9 +27,9 @@ from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableE
 from mytune.evaluation import check_tasks, evaluate_scores, load_tasks, refuse_generation
 from mytune.modules import (
     Decoder,
+    MergedWeights,
     adapter_config,
     adapter_state,
-    merged_weights,
     target_index,
 )
 from mytune.tokenizers import ModelTokenizer
@@ -712,7 +712,7 @@ def save(
         name,
         step=step,
         dtype=dtype,
-        weights=None if adapter_only or to_resume else merged_weights(model),
+        weights=None if adapter_only or to_resume else MergedWeights(model),
         trained=dict(model.named_parameters()) if to_resume and not adapter else None,
         config=model.config,
         adapter=adapter,

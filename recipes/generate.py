@@ -296,7 +296,9 @@ def bytes_per_token(model: Decoder) -> int:
     """Return the bytes of weights that a step reads: all but an embedding that is no head."""
     size = sum(stored_bytes(parameter) for parameter in model.parameters())
     size += sum(getattr(module, "nbytes", 0) for module in model.modules())  # packed ones
-    return size if model.lm_head is None else size - stored_bytes(model.embed_tokens.weight)
+    if model.lm_head is not None:
+        size -= sum(stored_bytes(parameter) for parameter in model.embed_tokens.parameters())
+    return size
 
 
 def stream(tokens: Iterator[int], text: TextStream) -> tuple[int, bool]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mytune.config import Component, instantiate
 from mytune.errors import ConfigError, DataError, DirectoryInUseError, NumericalError
-from mytune.generation import generate, pack_linears
+from mytune.generation import Memory, generate, pack_linears
 from mytune.modules import Decoder, LinearCrossEntropyLoss
 from mytune.quantization import check_quantizer, stored_bytes
 from mytune.training import (
@@ -204,8 +204,9 @@ def decode_speed(model: Decoder, count: int) -> float | None:
     count = min(count, model.config.max_seq_len - len(prompt) - 1)
     if count < 1:
         return None
-    list(generate(model, prompt, max_new_tokens=min(count, 4)))  # warm up
-    tokens = generate(model, prompt, max_new_tokens=count + 1)
+    memory = Memory(model, len(prompt) + count + 1)  # one, as a CUDA graph is recorded for it
+    list(generate(model, prompt, max_new_tokens=min(count, 8), memory=memory))  # warm up
+    tokens = generate(model, prompt, max_new_tokens=count + 1, memory=memory)
     next(tokens)
     started = time.perf_counter()
     decoded = len(list(islice(tokens, count)))

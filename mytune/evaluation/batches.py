@@ -11,7 +11,9 @@ import torch
 from tqdm import tqdm
 
 from mytune.errors import ConfigError
+from mytune.modules.decoder import Decoder
 from mytune.training.distributed import gather_objects, rank, world_size
+from mytune.training.sharding import is_sharded
 from mytune.training.signals import StopSignal
 
 log = logging.getLogger("mytune")
@@ -56,7 +58,7 @@ def run_batches(
     batches: Sequence[list[Item]],
     work: Callable[[list[Item]], Mapping[int, Result]],
     description: str,
-    device: torch.device,
+    model: Decoder,
     *,
     shared: bool = True,
     stop: StopSignal | None = None,
@@ -77,12 +79,14 @@ def run_batches(
     turns = -(-len(batches) // workers)
     results: dict[int, Result] = {}
     often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a file each is a line
-    hidden = rank() > 0
+    hidden, sharded = rank() > 0, is_sharded(model)
     with tqdm(total=turns, desc=description, mininterval=often, disable=hidden) as bar:
         for turn in range(turns):
-            if stop and stop.on_any_rank(device):
+            if stop and stop.on_any_rank(model.device):
                 raise EvaluationStopped
-            results |= _in_memory(mine[turn] if turn < len(mine) else batches[0], work)
+            batch = mine[turn] if turn < len(mine) else batches[0]
+            # Halves would be forwards that the other ranks of a sharded model do not take part in.
+            results |= work(batch) if sharded else _in_memory(batch, work)
             bar.update()
     return {key: value for part in gather_objects(results) for key, value in part.items()}
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mytune.evaluation.batches import cut, run_batches
 from mytune.evaluation.trees import TREE, plant, stack
 from mytune.generation import Decoding, KVCache, Sampling
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
+from mytune.training.sharding import is_sharded
 from mytune.training.signals import StopSignal
 
 _MORE = 4  # times as many tokens as when scoring: a step reads all weights, however few rows it has
@@ -42,19 +42,22 @@ class SharedDecoding(Decoding):
 @torch.inference_mode()
 def _read_as_trees(model: Decoder, rows: Sequence[Sequence[int]], cache: KVCache) -> None:
     """Read rows, and leave keys and values in the cache as if they had been read left-padded."""
-    trees, longest = plant(rows, TREE), max(map(len, rows))
+    trees, longest, device = plant(rows, TREE), max(map(len, rows)), model.device
+    paths = [
+        {row: torch.tensor(path, dtype=torch.long, device=device) for row, path in t.paths.items()}
+        for t in trees
+    ]
 
     class Spread:
         """Copies what a tree's tokens leave to all the rows that they belong to."""
 
         def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             for new, kept in ((k, cache.keys[layer]), (v, cache.values[layer])):
-                for of_tree, tree in zip(new, trees, strict=True):
-                    for row, path in tree.paths.items():
+                for of_tree, its_paths in zip(new, paths, strict=True):
+                    for row, path in its_paths.items():
                         kept[row, :, longest - len(path) : longest] = of_tree[:, path]
             return k, v
 
-    device = model.device
     tokens, positions, mask = (None if x is None else x.to(device) for x in stack(trees))
     model(tokens, positions, mask, Spread(), output_hidden=True)
     cache.filled = longest
@@ -112,8 +115,8 @@ def continue_prompts(
         return dict(zip(batch, texts, strict=True))
 
     # Batches take unlike numbers of steps, and ranks with a part of the model each must step alike.
-    whole = not any(isinstance(p, DTensor) for p in model.parameters())
-    texts = run_batches(batches, work, "generation", device, shared=whole, stop=stop)
+    shared = not is_sharded(model)
+    texts = run_batches(batches, work, "generation", model, shared=shared, stop=stop)
     return [texts[i] for i in range(len(prompts))]
 
 

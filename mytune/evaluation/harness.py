@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
+import torch
+
 from mytune.evaluation.batches import EvaluationStopped
 from mytune.evaluation.tasks import Tasks
 from mytune.modules.decoder import Decoder
@@ -93,14 +95,16 @@ def evaluate_scores(
 ) -> dict[str, float]:
     """Return `eval/TASK/METRIC` of a model in training, which stays in training mode.
 
-    Nothing, if `stop` was requested before the end.
+    Compiled blocks run eagerly: texts of ever new lengths would use up their recompilations.
+    Nothing is returned if `stop` was requested before the end.
 
     Args:
         settings: further arguments of `evaluate`.
     """
     model.eval()
     try:
-        results = evaluate(model, tokenizer, tasks, bootstrap_iters=0, **settings)["results"]
+        with torch.compiler.set_stance("force_eager"):
+            results = evaluate(model, tokenizer, tasks, bootstrap_iters=0, **settings)["results"]
     except EvaluationStopped:
         results = {}
     reshard(model)

@@ -45,14 +45,16 @@ def score(
         batch_size: trees (see `mytune.evaluation.trees`) at once, or "auto".
         stop: see `run_batches`.
     """
-    trees = plant([request.read for request in requests], TREE)
+    asked = [request for request in requests if request.continuation]
+    trees = plant([request.read for request in asked], TREE)
     batches = cut(trees, len, batch_size, model.device)
 
     def work(batch: list[Tree]) -> dict[int, tuple[float, bool]]:
-        return _score_trees(model, batch, requests)
+        return _score_trees(model, batch, asked)
 
-    scores = run_batches(batches, work, "log-likelihoods", model.device, stop=stop)
-    return [scores[i] for i in range(len(requests))]
+    scores = run_batches(batches, work, "log-likelihoods", model, stop=stop)
+    found = (scores[i] for i in range(len(asked)))
+    return [next(found) if request.continuation else (0.0, True) for request in requests]
 
 
 @torch.no_grad()
@@ -68,6 +70,7 @@ def _score_trees(
         output_hidden=True,
     )
     keys, counts, places, targets = _asked(trees, requests, tokens.shape[1])
+    device = hidden.device  # where FSDP2 computes, if weights wait on the CPU
     found = _log_probabilities(model, hidden.flatten(0, 1), places.to(device), targets.to(device))
     log_likelihoods, misses = (part.cpu().double().split(counts) for part in found)
     return {

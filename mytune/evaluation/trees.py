@@ -53,7 +53,8 @@ class Tree:
         for start, end, parent in self.branches:
             if parent >= 0:
                 mask[start:end] = mask[parent]
-            mask[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+            size = end - start
+            mask[start:end, start:end] = torch.ones(size, size, dtype=torch.bool).tril()
 
 
 def plant(sequences: Sequence[Sequence[int]], room: int) -> list[Tree]:

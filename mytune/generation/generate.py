@@ -99,7 +99,7 @@ class Decoding:
 
     Raises:
         ConfigError: a prompt that does not fit the model, or impossible settings.
-        NumericalError: while iterating: logits that are not finite.
+        NumericalError: while iterating: a prompt's logits are not finite.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Decoding:
             raise ConfigError(f"num_samples is {num_samples}; it must be at least 1")
         self.rows = [Row(limit) for limit in limits for _ in range(num_samples)]
         self._stop_tokens, self._logprobs = frozenset(stop_tokens), logprobs
-        self._memory, self._samples = memory, num_samples
+        self._memory, self._samples, self._begun = memory, num_samples, False
         if not prompts:
             return
         device = model.device
@@ -157,6 +157,9 @@ class Decoding:
     def __iter__(self) -> Iterator[list[int | None]]:
         if not any(row.left for row in self.rows):
             return
+        if self._begun:
+            raise RuntimeError("a Decoding can be iterated once")
+        self._begun = True
         steps = max(row.left for row in self.rows)
         decoded = _decode(
             self._reader, self._tokens, self._choose, self._samples, steps, self._logprobs

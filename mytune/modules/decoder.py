@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
+from mytune.errors import ConfigError
 from mytune.modules.derived import Derived, normed, project, project_each, swiglu
 from mytune.modules.masks import Mask, attend_blocks, attend_one_query
 
@@ -45,6 +46,10 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     attn_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.attn_dropout < 1:
+            raise ConfigError(f"attn_dropout is {self.attn_dropout}; it must be from 0 to below 1")
 
 
 class Cache(Protocol):
@@ -119,7 +124,8 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
             if q.shape[2] == 1:
                 return self.o_proj(self._one_query(q, k, v, mask))
-        causal = mask is None and q.shape[2] == k.shape[2]
+        # Asked of shapes alone, a compiler that keeps them variable would not know it.
+        causal = mask is None and (cache is None or q.shape[2] == k.shape[2])
         if mask is None and not causal:
             mask = _aligned_causal_mask(q.shape[2], k.shape[2], q.device)
         if mask is not None and self.grouped:  # no fused CUDA kernel takes a mask and groups

@@ -67,7 +67,7 @@ def derive(make: Callable[..., Tensor], *sources: Tensor) -> Derived:
 
     `make` draws no random numbers.
     """
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
         return Derived(make(*sources))
     if torch.compiler.is_compiling():  # which sees through a Function and keeps what it likes
         value = checkpoint(make, *sources, use_reentrant=False, preserve_rng_state=False)

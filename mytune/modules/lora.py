@@ -118,10 +118,12 @@ def apply_lora(model: nn.Module, lora: LoRAConfig) -> None:
     The linears are changed in place: names of weights, hooks and devices stay.
 
     Raises:
-        ConfigError: a name that no linear of the model has, or rank < 1.
+        ConfigError: a name that no linear of the model has, an impossible rank or dropout.
     """
     if lora.rank < 1:
         raise ConfigError(f"lora_rank is {lora.rank}; it must be at least 1")
+    if not 0 <= lora.dropout < 1:
+        raise ConfigError(f"lora_dropout is {lora.dropout}; it must be from 0 to below 1")
     linears = {name: m for name, m in model.named_modules() if type(m) in _ADAPTED}
     leaves = {name.rpartition(".")[2] for name in linears}
     _check_names(lora.modules, leaves)
@@ -244,8 +246,3 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-
-def merged_weights(model: nn.Module) -> MergedWeights:
-    """Return the weights to save, see `MergedWeights`."""
-    return MergedWeights(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mytune.errors import ConfigError
 from mytune.modules.decoder import Decoder
-from mytune.modules.lora import adapter_state, apply_lora, lora_config_from_peft, merged_weights
+from mytune.modules.lora import MergedWeights, adapter_state, apply_lora, lora_config_from_peft
 from mytune.quantization.nf4 import NF4Linear
 from mytune.quantization.quantizers import (
     check_quantizer,
@@ -79,7 +79,7 @@ def load_for_inference(
     load_adapters(model, adapter, cpu, seed=0)
     with torch.device("meta"):
         plain = Decoder(model.config)
-    fill(plain, merged_weights(model), device, dtype)
+    fill(plain, MergedWeights(model), device, dtype)
     return plain.eval()
 
 
@@ -119,7 +119,7 @@ def _load_quantized(
     left = []
     for name, part in _parts(model):
         load_weights(part, _Below(weights, name), device, dtype)
-        left += [f"{name}.{linear}" for linear in quantize_linears(part, quantizer)]
+        left += [f"{name}.{linear}".rstrip(".") for linear in quantize_linears(part, quantizer)]
     if left:
         log.warning(
             "%d linears stay as they are, their inputs being no multiple of the quantizer's "

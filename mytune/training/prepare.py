@@ -18,7 +18,7 @@ from mytune.training.checkpointing.peft import Adapter, check_adapter
 
 
 def compile_blocks(model: Decoder, enabled: bool = True) -> None:
-    """Compile every block in place; blocks are alike, so one compilation serves them all."""
+    """Compile every block in place; blocks are alike and share their compilations."""
     if enabled:
         for layer in model.layers:
             layer.compile()

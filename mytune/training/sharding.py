@@ -15,6 +15,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
 from mytune.errors import ConfigError, ResourceError
 from mytune.modules.decoder import Decoder
@@ -46,6 +47,11 @@ def parallel_dims(shard: int | None, replicate: int | None, *, fits: bool) -> tu
             "among all that the copies leave"
         )
     return replicate, shard
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Say whether ranks hold a part of a model each, and so must run it in step."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def shard_model(

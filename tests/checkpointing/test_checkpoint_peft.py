@@ -13,11 +13,11 @@ from torch import Tensor
 from mytune.errors import CheckpointError
 from mytune.modules.lora import (
     LoRAConfig,
+    MergedWeights,
     adapter_config,
     adapter_state,
     apply_lora,
     init_adapters,
-    merged_weights,
 )
 from mytune.training.checkpointing.checkpointers import (
     FullModelHFCheckpointer,
@@ -52,7 +52,7 @@ def save(checkpointer: Any, model: Any, config: Any, merged: bool = True) -> Pat
         "epoch_0",
         step=1,
         dtype=torch.float32,
-        weights=merged_weights(model) if merged else None,
+        weights=MergedWeights(model) if merged else None,
         config=config,
         adapter=adapter_state(model),
         adapter_config=adapter_config(model),

@@ -21,7 +21,7 @@ from mytune.errors import DataError
 from mytune.evaluation import batches, continuing, harness
 from tests.checkpointing.tiny import torchtune_state
 from tests.evaluation.conftest import run_lm_eval
-from tests.hf import tiny_llama
+from tests.hf import tiny_llama, twins
 
 SIZES_OF = dict(vocab_size=529, max_position_embeddings=512, initializer_range=0.12)
 
@@ -326,6 +326,24 @@ def test_a_signal_ends_an_evaluation_and_the_run_can_go_on(tmp_path, monkeypatch
     assert main([*stopped, "resume_from_checkpoint=true"]) == 0
     curves = [curve_of(tmp_path / name) for name in ("straight", "stopped")]
     assert curves[0] == curves[1] and len(curves[0]) == 4
+
+
+def test_compiled_blocks_run_eagerly_while_tasks_are_evaluated(monkeypatch):
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    block = torch.compile(torch.sin, backend=backend)
+    model, _ = twins()
+    monkeypatch.setattr(
+        harness, "evaluate", lambda *_, **__: {"results": {"t": {"acc,none": block(torch.ones(2))}}}
+    )
+    harness.evaluate_scores(model, None, {})
+    assert not compiled and model.training
+    block(torch.ones(2))
+    assert compiled
 
 
 def test_evaluating_changes_nothing_of_a_run(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mytune.errors import ConfigError
-from mytune.evaluation import Request, check_batch_size, score
+from mytune.evaluation import Request, batches, check_batch_size, score
 from mytune.evaluation.batches import cut, run_batches
 from mytune.evaluation.continuing import SharedDecoding
 from mytune.evaluation.trees import plant, stack
@@ -92,7 +92,11 @@ def test_scores_are_those_of_requests_read_alone(batch_size):
 
 def test_a_continuation_without_tokens_is_certain():
     model, _ = twins()
-    assert score(model, [Request([5, 6], []), Request([5], [6])])[0] == (0.0, True)
+    empty = [Request([5, 6], []), Request([5], [])]
+    first, scored, last = score(model, [empty[0], Request([5], [6]), empty[1]])
+    assert (first, last) == ((0.0, True), (0.0, True))
+    assert [scored] == score(model, [Request([5], [6])])
+    assert score(model, empty, batch_size=2) == [first, last]
 
 
 def test_a_batch_is_so_many_rows_or_tokens():
@@ -101,7 +105,7 @@ def test_a_batch_is_so_many_rows_or_tokens():
     assert [len(b) for b in cut(items, len, "auto", CPU)] == [2, 3]
 
 
-def test_what_does_not_fit_into_memory_is_halved(caplog):
+def test_what_does_not_fit_into_memory_is_halved_unless_ranks_must_run_in_step(caplog, monkeypatch):
     seen = []
 
     def work(batch):
@@ -110,10 +114,15 @@ def test_what_does_not_fit_into_memory_is_halved(caplog):
             raise torch.OutOfMemoryError("full")
         return {i: -i for i in batch}
 
-    found = run_batches([[1, 2, 3, 4, 5], [6]], work, "test", torch.device("cpu"))
+    model, _ = twins()
+    found = run_batches([[1, 2, 3, 4, 5], [6]], work, "test", model)
     assert found == {i: -i for i in range(1, 7)}
     assert seen == [5, 2, 3, 1, 2, 1]
     assert "a batch of 5 does not fit into memory" in caplog.text
+    monkeypatch.setattr(batches, "is_sharded", lambda _: True)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_batches([[1, 2, 3, 4, 5], [6]], work, "test", model)
+    assert seen[6:] == [5]
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, "all"])

@@ -105,6 +105,14 @@ def test_the_caller_can_end_a_row():
     assert number == 12
 
 
+def test_a_decoding_begins_once():
+    model, _ = twins(**VARIED)
+    decoding = Decoding(model, PROMPTS[:1], max_new_tokens=3)
+    next(iter(decoding))
+    with pytest.raises(RuntimeError, match="iterated once"):
+        next(iter(decoding))
+
+
 def test_samples_of_a_prompt_read_it_once():
     model, _ = twins(**VARIED)
     forwards = []

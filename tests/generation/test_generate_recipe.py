@@ -120,13 +120,12 @@ def test_a_4_bit_base_keeps_its_adapter_apart(tune, base, adapter):
     tokenizer = llama3_tokenizer(base / "tokenizer.model")
     ids = tokenizer.encode("Hello", add_eos=False)
     expected = generate(model, ids, max_new_tokens=40, stop_tokens=tokenizer.stop_tokens)
-    out, _ = tune(
-        "prompt=Hello",
-        "model._component_=mytune.models.qlora_auto_model",
-        *(f"model.{key}={value}" for key, value in lora.items()),
-        f"checkpointer.adapter_checkpoint={adapter}",
-    )
-    assert out == "Hello" + tokenizer.decode(list(expected)) + "\n"
+    words = ["prompt=Hello", "model._component_=mytune.models.qlora_auto_model"]
+    words += [f"model.{key}={value}" for key, value in lora.items()]
+    words += [f"checkpointer.adapter_checkpoint={adapter}"]
+    assert tune(*words)[0] == "Hello" + tokenizer.decode(list(expected)) + "\n"
+    _, err = tune(*words, "model.quantize_embeddings=true")
+    assert re.fullmatch(FIGURES[1], err.splitlines()[-2])  # no bandwidth is below zero
 
 
 def test_a_seed_repeats_the_text(tune):

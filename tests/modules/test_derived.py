@@ -254,6 +254,12 @@ def test_biases_and_other_linears_are_called_as_they_are(plainly):
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=bound)
 
 
+def test_what_needs_no_gradient_is_kept_by_nobody():
+    made = derived.derive(torch.sin, torch.ones(3))
+    assert not made.sources and made.make(made.value) is made.value
+    assert derived.derive(torch.sin, torch.ones(3, requires_grad=True)).sources
+
+
 def test_inference_keeps_nothing_and_gives_the_same():
     block = build(modules=ALL)
     expected = results(block)["y"]

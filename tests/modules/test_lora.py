@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
@@ -10,7 +12,7 @@ from mytune.errors import ConfigError
 from mytune.models.auto import sizes_from_hf
 from mytune.models.builders import lora_decoder
 from mytune.modules.decoder import Decoder
-from mytune.modules.lora import adapter_state, init_adapters, lora_config_from_peft, merged_weights
+from mytune.modules.lora import MergedWeights, adapter_state, init_adapters, lora_config_from_peft
 from tests.hf import our_names, tiny_llama
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
@@ -51,7 +53,7 @@ def test_merged_weights_are_base_and_adapter(options):
     before = {n: p.clone() for n, p in model.named_parameters()}
     perturb(model)
     merged = Decoder(model.config)
-    merged.load_state_dict(dict(merged_weights(model)))
+    merged.load_state_dict(dict(MergedWeights(model)))
     with torch.no_grad():
         torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=0, atol=5e-6)
         assert (model(TOKENS) - build(**options)[0](TOKENS)).abs().max() > 0.1
@@ -94,7 +96,7 @@ def test_only_adapters_train_and_base_names_stay():
     model, theirs = build()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == set(adapter_state(model))
-    assert set(our_names(theirs.state_dict())) == set(merged_weights(model))
+    assert set(our_names(theirs.state_dict())) == set(MergedWeights(model))
 
 
 def test_adapters_are_float32_beside_bfloat16_weights():
@@ -130,6 +132,15 @@ def test_dropout_acts_in_training_only():
 def test_an_unknown_module_name_lists_those_that_exist():
     with pytest.raises(ConfigError, match=r"'k_porj'; did you mean 'k_proj'\?.* it has down_proj"):
         lora_decoder(sizes_from_hf(tiny_llama().config.to_dict()), ["q_proj", "k_porj"])
+
+
+@pytest.mark.parametrize("setting", [{"lora_rank": 0}, {"lora_dropout": 1.0}, {"lora_dropout": -1}])
+def test_an_impossible_rank_or_dropout_is_refused(setting):
+    (name, value), sizes = *setting.items(), sizes_from_hf(tiny_llama().config.to_dict())
+    with pytest.raises(ConfigError, match=f"{name} is {value}; it must be"):
+        lora_decoder(sizes, ["q_proj"], **setting)
+    with pytest.raises(ConfigError, match=r"attn_dropout is 1\.5; it must be"):
+        replace(sizes, attn_dropout=1.5)
 
 
 def test_lora_without_a_module_is_refused():

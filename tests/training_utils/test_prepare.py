@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from mytune.models.llama3 import llama3
 from mytune.modules.decoder import Block
@@ -29,3 +30,15 @@ def test_blocks_are_compiled_also_when_they_are_recomputed(monkeypatch, recomput
     compile_blocks(model)
     model(torch.arange(8)[None]).sum().backward()
     assert len(graphs) == 1  # one for all blocks
+
+
+def test_batches_of_many_lengths_break_no_graph():
+    torch._dynamo.reset()
+    counters.clear()
+    model = llama3(**SIZES)
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    for length in (5, 8, 11, 13):
+        model(torch.arange(length)[None]).sum().backward()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2  # of one length, and of any

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from mytune.errors import ConfigError, ResourceError
 from mytune.models import auto_model, qlora_auto_model
 from mytune.models.llama3 import qlora_llama3
-from mytune.modules import merged_weights
+from mytune.modules import MergedWeights
 from mytune.training import (
     FullModelHFCheckpointer,
     load_adapters,
@@ -54,7 +54,7 @@ def _rank(rank: int, port: int, model: str, folder: str) -> None:
         read = resident(file)
         load_adapters(built, None, device, seed=0)
         held = sum(p.to_local().nbytes for p in built.parameters())
-        whole = merged_weights(built)["layers.0.mlp.up_proj.weight"]
+        whole = MergedWeights(built)["layers.0.mlp.up_proj.weight"]
     assert 0.3 * file.stat().st_size < read < 0.6 * file.stat().st_size
     # The other half is on the other rank; bfloat16 takes half of the file's float32.
     assert held < 0.3 * file.stat().st_size
