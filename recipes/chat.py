@@ -159,6 +159,8 @@ class Speaker:
 
 def talk(turns: list[Message], speaker: Speaker) -> None:
     """Read lines and answer them until one says /quit or there are no more."""
+    if sys.stdin is None:
+        raise ConfigError("messages are read from stdin, which is closed")
     typing = sys.stdin.isatty()
     if typing:
         with contextlib.suppress(ImportError):
@@ -181,7 +183,8 @@ def talk(turns: list[Message], speaker: Speaker) -> None:
                 said = [turn.content for turn in turns if turn.role == "system"]
                 say(said[0] if said else "nothing; /system TEXT says how to answer")
             case ["/system", text]:
-                turns[:] = begin(text)
+                if fits([*begin(text), Message("user", "Hello")], speaker):
+                    turns[:] = begin(text)
             case [word, *_] if word.startswith("/"):
                 say(f"{word} is not known; /help lists what is")
             case _:
@@ -204,13 +207,19 @@ def tokenize(turns: list[Message], tokenizer: ModelTokenizer) -> list[int]:
     return tokenizer.tokenize_messages(turns, add_generation_prompt=True)[0]
 
 
+def fits(turns: list[Message], speaker: Speaker) -> bool:
+    """Say whether turns leave room for an answer, and tell it if they do not."""
+    tokens, room = len(tokenize(turns, speaker.tokenizer)), speaker.memory.length
+    if tokens >= room:
+        say(f"too long: {tokens} tokens of {room} that there is room for")
+    return tokens < room
+
+
 def answer(turns: list[Message], speaker: Speaker) -> None:
     """Print the answer to the last turn as it comes, and add it to the turns."""
     system = [turn for turn in turns if turn.role == "system"]
-    least = len(tokenize([*system, turns[-1]], speaker.tokenizer))
-    if least >= speaker.memory.length:
+    if not fits([*system, turns[-1]], speaker):
         turns.pop()
-        say(f"too long: {least} tokens of {speaker.memory.length} that there is room for")
         return
     prompt = make_room(turns, speaker)
     stops = speaker.tokenizer.stop_tokens

@@ -128,14 +128,17 @@ def main(cfg: Config) -> None:
         with torch.device("meta"):
             model = instantiate(cfg.model)
         positions = model.config.max_seq_len
+        if (cfg.max_seq_length or 0) > positions:
+            log.warning("max_seq_length: the model has but %d positions", positions)
         check_tasks(tasks, min(cfg.max_seq_length or positions, positions))
         results = measure(cfg, model, checkpointer, tokenizer, tasks, device, dtype)
         if base:
+            write_results(cfg.output_dir, results, config_yaml(cfg))  # what comes may fail
             log.info("Evaluating %s", cfg.compare)
             with torch.device("meta"):
                 model = Decoder(model.config) if adapter_state(model) else instantiate(cfg.model)
             earlier = measure(cfg, model, base, tokenizer, tasks, device, dtype)
-        report(cfg, results, earlier)
+        report(cfg, results, earlier, again=bool(base))
 
 
 def check(cfg: Config) -> None:
@@ -146,6 +149,10 @@ def check(cfg: Config) -> None:
     for key in ("limit", "max_seq_length"):
         if (value := getattr(cfg, key)) is not None and not value > 0:
             raise ConfigError(f"{key} is {value}; it must be above 0, or null")
+    if cfg.limit is not None and cfg.limit > 1 and cfg.limit % 1:
+        raise ConfigError(f"limit is {cfg.limit}; above 1 it is a number of documents, and whole")
+    if cfg.fewshot_as_multiturn and not cfg.chat_template:
+        raise ConfigError("fewshot_as_multiturn needs chat_template=true")
     if cfg.num_fewshot is not None and cfg.num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {cfg.num_fewshot}; it must be 0 or more, or null")
 
@@ -198,14 +205,16 @@ def measure(
     return results
 
 
-def report(cfg: Config, results: dict[str, Any], base: dict[str, Any] | None) -> None:
+def report(
+    cfg: Config, results: dict[str, Any], base: dict[str, Any] | None, *, again: bool
+) -> None:
     """Print the tables and say where they are."""
     if rank() == 0:
         print(results_table(results), flush=True)
         if base:
             print(compare_results(base, results), flush=True)
-            for line in differing(base, results):
+            for line in differing(base, results, config_yaml(cfg)):
                 log.warning("not measured alike: %s", line)
-    written = write_results(cfg.output_dir, results, config_yaml(cfg), base)
+    written = write_results(cfg.output_dir, results, config_yaml(cfg), base, again=again)
     for what, path in written.items():
         log.info("%s: %s", what, path)

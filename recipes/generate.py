@@ -230,6 +230,8 @@ def tokenize_row(row: Any, tokenizer: ModelTokenizer) -> list[int]:
     kinds = sorted({"messages", "prompt", "user"} & row.keys()) if isinstance(row, dict) else []
     if len(kinds) > 1:
         raise DataError(f"it has {' and '.join(kinds)}: a row has one of them")
+    if kinds and kinds != ["user"] and "system" in row:
+        raise DataError(f"it has system, which goes with user, and not with {kinds[0]}")
     match row:
         case DataError():
             raise row

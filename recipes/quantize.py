@@ -42,6 +42,7 @@ from mytune.training import (
 )
 
 Figures = dict[str, float | None]
+REPORT = "quantization_report.json"
 
 
 # The recipe hands nothing to components itself: a config names all that they need.
@@ -112,6 +113,7 @@ def main(cfg: Config) -> None:
         model = build_model(cfg)
         model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
         log.info("Time for quantization: %.2f sec", time.perf_counter() - started)
+        (target.parent / REPORT).unlink(missing_ok=True)  # one of other weights
         checkpointer.save_quantized(target, model, quantizer)
         del model
 
@@ -130,6 +132,8 @@ def check_counts(cfg: Config) -> None:
         problems.append(f"decode_tokens is {cfg.decode_tokens}; it must be 0 or more")
     if cfg.perplexity_file is not None and cfg.tokenizer is None:
         problems.append("perplexity_file needs a tokenizer, which is null")
+    if cfg.perplexity_file is not None and not Path(cfg.perplexity_file).expanduser().is_file():
+        problems.append(f"perplexity_file is {cfg.perplexity_file!r}, and there is no such file")
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -217,7 +221,7 @@ def report(
     cfg: Config, target: Path, device: torch.device, before: Figures, after: Figures
 ) -> None:
     """Print the figures as a table and write them as JSON."""
-    file = target.parent / "quantization_report.json"
+    file = target.parent / REPORT
     content = {
         "checkpoint": str(target),
         "quantizer": cfg.quantizer,

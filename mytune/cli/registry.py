@@ -19,11 +19,15 @@ ROOT = _root()  # holds recipes/ and configs/
 
 
 class Recipe(NamedTuple):
-    """A name for a recipe file, and the patterns of the names of its configs."""
+    """A name for a recipe file, and the patterns of the names of its configs.
+
+    `ranks` says whether torchrun may start it in several processes.
+    """
 
     name: str
     file_name: str
     patterns: tuple[str, ...]
+    ranks: bool = True
 
     @property
     def file(self) -> Path:
@@ -37,25 +41,25 @@ class Recipe(NamedTuple):
 
 
 # A name that ends in _distributed runs under torchrun.
-_ROWS = [
-    (
+_RECIPES = [
+    Recipe(
         "full_finetune_single_device",
         "finetune.py",
         ("*/*_full_single_device", "*/full_single_device"),
     ),
-    ("full_finetune_distributed", "finetune.py", ("*/*_full",)),
-    (
+    Recipe("full_finetune_distributed", "finetune.py", ("*/*_full",)),
+    Recipe(
         "lora_finetune_single_device",
         "finetune.py",
         ("*/*_*lora_single_device", "*/*_*dora_single_device", "*/lora_single_device"),
     ),
-    ("lora_finetune_distributed", "finetune.py", ("*/*_*lora", "*/*_*dora")),
-    ("generate", "generate.py", ("generation", "*/generation")),
-    ("eleuther_eval", "eleuther_eval.py", ("eleuther_evaluation", "*/evaluation")),
-    ("quantize", "quantize.py", ("quantization", "*/quantization")),
-    ("chat", "chat.py", ()),  # `tune chat` makes its config
+    Recipe("lora_finetune_distributed", "finetune.py", ("*/*_*lora", "*/*_*dora")),
+    Recipe("generate", "generate.py", ("generation", "*/generation"), ranks=False),
+    Recipe("eleuther_eval", "eleuther_eval.py", ("eleuther_evaluation", "*/evaluation")),
+    Recipe("quantize", "quantize.py", ("quantization", "*/quantization"), ranks=False),
+    Recipe("chat", "chat.py", (), ranks=False),  # `tune chat` makes its config
 ]
-RECIPES = {row[0]: Recipe(*row) for row in _ROWS}
+RECIPES = {recipe.name: recipe for recipe in _RECIPES}
 
 
 def configs() -> list[str]:

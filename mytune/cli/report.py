@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mytune.errors import ResourceError, StoppedEarly, TuneError
+from mytune.errors import ResourceError, StoppedEarly, TuneError, is_out_of_memory
 
 DEBUG = "MYTUNE_DEBUG"  # environment variable, so that the workers of a run see it too
 
@@ -42,7 +42,8 @@ def outcome(work: Callable[[], int | None]) -> tuple[int, str]:
     """Do `work` and return the exit code and what to print on stderr; never raises."""
     try:
         code = work() or 0
-        sys.stdout.flush()
+        if sys.stdout:  # None, if it was closed before
+            sys.stdout.flush()
         return code, ""
     except SystemExit as end:  # argparse's --help, or a recipe's own
         if end.code is None or isinstance(end.code, int):
@@ -87,8 +88,8 @@ def _environment(error: Exception) -> ResourceError | None:
         return ResourceError(_ENVIRONMENT[error.errno] + (f": {where}" if where else ""))
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("mytune"):
         return ResourceError(f"the package {error.name!r} is not installed: pip install it")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-        why = _first_line(error)
+    if is_out_of_memory(error):
+        why = _first_line(error).rpartition("DefaultCPUAllocator: ")[2]
         return ResourceError(f"out of memory: {why}; a smaller batch_size needs less")
     return None
 

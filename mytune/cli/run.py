@@ -58,6 +58,9 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & {*options, *words[1:]}:
         parser().print_help()
         return 0
+    built_in = registry.named_recipe(words[0]) if options and words else None
+    if built_in and not built_in.ranks:
+        raise ConfigError(f"{words[0]} runs in one process: leave out {' '.join(options)}")
     job = parse(words)
     prepare_torch()
     loaded = load(job)

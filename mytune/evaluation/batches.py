@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from mytune.errors import ConfigError
+from mytune.errors import ConfigError, is_out_of_memory
 from mytune.modules.decoder import Decoder
 from mytune.training.distributed import gather_objects, rank, world_size
 from mytune.training.sharding import is_sharded
@@ -97,8 +97,8 @@ def _in_memory(
     """Do a batch, or its halves if the device's memory does not suffice."""
     try:
         return work(batch)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
+    except (RuntimeError, MemoryError) as error:
+        if len(batch) == 1 or not is_out_of_memory(error):
             raise
     log.warning("a batch of %d does not fit into memory: its halves are tried", len(batch))
     torch.cuda.empty_cache()  # does nothing elsewhere

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mytune.evaluation.batches import EvaluationStopped
-from mytune.evaluation.tasks import Tasks
+from mytune.evaluation.tasks import Tasks, fault_of_task
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
 from mytune.training.distributed import rank
@@ -57,6 +57,7 @@ def evaluate(
 
     Raises:
         EvaluationStopped: `stop` was requested.
+        DataError: a document that the harness can make nothing of.
     """
     import lm_eval
 
@@ -73,17 +74,22 @@ def evaluate(
     )
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=seed)  # anew: drawing has moved it on
-    with redirect_stdout(sys.stderr):  # the harness prints; stdout is for results
-        results: Results = lm_eval.evaluate(
-            adapter,
-            tasks,
-            limit=limit,
-            bootstrap_iters=0 if rank() else bootstrap_iters,
-            log_samples=False,
-            system_instruction=system_instruction,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=fewshot_as_multiturn,
-        )
+    try:
+        with redirect_stdout(sys.stderr):  # the harness prints; stdout is for results
+            results: Results = lm_eval.evaluate(
+                adapter,
+                tasks,
+                limit=limit,
+                bootstrap_iters=0 if rank() else bootstrap_iters,
+                log_samples=False,
+                system_instruction=system_instruction,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=fewshot_as_multiturn,
+            )
+    except Exception as error:
+        if told := fault_of_task(error):
+            raise told from error
+        raise
     return results
 
 

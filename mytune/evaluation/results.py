@@ -15,16 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import mytune
 from mytune.errors import ConfigError
 from mytune.evaluation.harness import Results
 from mytune.training.distributed import rank
 from mytune.training.metric_logging import write_atomic
+from mytune.training.run_dir import cannot_write
 
 log = logging.getLogger("mytune")
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
+# Keys of the recipe that change scores, and that the harness's results do not tell.
+_SETTINGS = (
+    *("chat_template", "fewshot_as_multiturn", "system_instruction", "max_seq_length"),
+    *("dtype", "seed"),
+)
 _KEPT = "results groups group_subtasks versions n-shot n-samples higher_is_better".split()
 
 
@@ -49,9 +56,26 @@ def compare_results(base: Results, tuned: Results) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def differing(base: Results, tuned: Results) -> list[str]:
-    """Return in which tasks, and how, two results were not measured alike."""
-    return [
+def differing(base: Results, tuned: Results, config: str) -> list[str]:
+    """Return how two results were not measured alike, by setting and by task.
+
+    Args:
+        base: results of this run, or what `read_results` returned.
+        config: YAML of this run's config.
+    """
+    found = [
+        f"{task}: there are no results for the base"
+        for task in tuned["results"]
+        if task not in base["results"]
+    ]
+    if isinstance(base.get("config"), str):  # of an earlier run
+        earlier, now = (yaml.safe_load(text) for text in (base["config"], config))
+        found += [
+            f"{key} was {earlier[key]} for the base and is {now[key]}"
+            for key in _SETTINGS
+            if key in earlier.keys() & now.keys() and earlier[key] != now[key]
+        ]
+    return found + [
         f"{task}: {what} was {_told(before)} for the base and is {_told(after)}"
         for what in ("versions", "n-shot", "n-samples")
         for task, after in tuned.get(what, {}).items()
@@ -105,15 +129,21 @@ def _measured(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float | None
 
 
 def write_results(
-    output_dir: str | Path, results: Results, config: str, base: Results | None = None
+    output_dir: str | Path,
+    results: Results,
+    config: str,
+    base: Results | None = None,
+    *,
+    again: bool = False,
 ) -> dict[str, Path]:
     """Write `evaluation.json` and `evaluation.md`, on rank 0 only; return their paths by name.
 
-    Earlier ones stay, under names with a number.
+    Those of earlier runs stay, under names with a number.
 
     Args:
         config: YAML of the recipe's config, to be kept with the results.
         base: results of the base model, if it was measured too.
+        again: what is there is of this run, and can be replaced.
     """
     if rank():
         return {}
@@ -129,7 +159,8 @@ def write_results(
     held = {**kept, "base": base and base["results"], "config": config, "software": versions}
     written = {"results": folder / JSON, "summary": folder / MARKDOWN}
     text = json.dumps(held, indent=2, ensure_ascii=False, default=float)
-    _keep(written.values())
+    if not again:
+        _keep(written.values())
     write_atomic(written["results"], f"{text}\n".encode())
     parts = ["# Evaluation", results_table(results)]
     if base:
@@ -157,7 +188,8 @@ def check_output(output_dir: str | Path, compare: str | None) -> None:
     """Refuse a folder that cannot be written, and to replace the results to compare with.
 
     Raises:
-        ConfigError, OSError
+        ConfigError: it is the folder of the results to compare with.
+        ResourceError: it cannot be made or written.
     """
     folder = Path(output_dir).expanduser()
     if compare is not None and Path(compare).expanduser().resolve() == (folder / JSON).resolve():
@@ -165,9 +197,12 @@ def check_output(output_dir: str | Path, compare: str | None) -> None:
             f"compare names {folder / JSON}, and the results of this run would take its name: "
             "choose another output_dir"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, "cannot be written", str(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def read_results(path: str | Path, tasks: Collection[str]) -> Results:
@@ -181,8 +216,8 @@ def read_results(path: str | Path, tasks: Collection[str]) -> Results:
         raise ConfigError(f"compare: {file} does not exist")
     try:
         found: Results = json.loads(file.read_text(encoding="utf-8"))
-        dict(found["results"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        {task: dict(metrics) for task, metrics in found["results"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"compare: {file} holds no results of an earlier evaluation; it must be a checkpoint "
             f"directory, or the {JSON} of an earlier run"

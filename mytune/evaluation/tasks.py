@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import logging
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from mytune.errors import ConfigError, DataError, ResourceError, TuneError
 
@@ -89,8 +93,14 @@ def _problems(task: Any, positions: int) -> Iterator[str]:
         yield "runs code that the model writes, which is not supported"
     if getattr(task, "MULTIMODAL", False):
         yield "shows pictures or plays sounds, which is not supported"
-    if "bypass" in getattr(task, "_metric_fn_list", ()):
+    metrics = getattr(task, "_metric_fn_list", {})
+    if "bypass" in metrics:
         yield "has no score (its metric is bypass)"
+    for name, function in metrics.items():
+        if function is None and task.get_config("process_results") is None:
+            yield f"has the metric {name}, which lm_eval does not know"
+        elif task.aggregation().get(name, sum) is None:  # what it lacks is averaged
+            yield f"has the metric {name} with an aggregation that lm_eval does not know"
     if task.OUTPUT_TYPE == "generate_until":
         try:
             most, *_ = read_generation(task.get_config("generation_kwargs") or {})
@@ -102,6 +112,40 @@ def _problems(task: Any, positions: int) -> Iterator[str]:
                     f"generates up to {most} tokens, and max_seq_length (or the model) has room "
                     f"for {positions}, with the question"
                 )
+
+
+def fault_of_task(error: Exception) -> DataError | None:
+    """Return what to tell if the harness could not make a request, or a score, of a document.
+
+    It is known by the frames that the error came through: a task's method, and none of ours.
+    """
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
+
+    task = doc = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = frame.f_locals
+        if isinstance(found.get("self"), LM):
+            return None
+        if isinstance(found.get("self"), Task):
+            task, doc = found["self"], found.get("doc", doc)
+    if task is None:
+        return None
+    why = f"{type(error).__name__} ({_reason(error)})"
+    name = task.get_config("task")
+    return DataError(f"task {name}: lm_eval can make nothing of {_shown(doc)}: {why}")
+
+
+def _shown(doc: Any, most: int = 200) -> str:
+    text = "its documents" if doc is None else json.dumps(doc, default=str, ensure_ascii=False)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what an error was raised for at first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).partition("\n")[0] or "it does not say why"
 
 
 def refuse_generation(tasks: Tasks, ranks: int) -> None:
@@ -122,7 +166,7 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
     """Return the index of all tasks, or of the user's alone if that suffices: it takes no time."""
     from lm_eval.tasks import TaskManager
 
-    folder = None if include_path is None else str(Path(include_path).expanduser())
+    folder = None if include_path is None else str(Path(include_path).expanduser().resolve())
     if folder is not None:
         own = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= {*own.all_subtasks, *own.all_tags}:  # a group may hold others than these
@@ -130,10 +174,25 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
     manager = TaskManager(include_path=folder)
     files = {name for name in names if name.endswith(".yaml") and Path(name).is_file()}
     if unknown := [n for n in names if n not in manager.all_tasks and n not in files]:
+        if folder and (damaged := _not_yaml(Path(folder))):
+            raise ConfigError(f"include_path: {'; '.join(damaged)}")
         problems = [f"{name}{_nearest(name, manager.all_tasks)}" for name in unknown]
         where = "" if folder else "; include_path names a folder with tasks of your own"
         raise ConfigError(f"tasks: lm_eval has no {'; no '.join(problems)}{where}")
     return manager
+
+
+def _not_yaml(folder: Path) -> list[str]:
+    """Return the files that are no YAML, which the harness leaves out without a word, and why."""
+    found = []
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{file}:{mark.line + 1}" if mark else str(file)
+            found.append(f"{where}: not valid YAML: {getattr(error, 'problem', error)}")
+    return found
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
@@ -148,7 +207,11 @@ def _load(manager: TaskManager, name: str) -> Tasks:
     except TuneError:
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = _reason(error)
+        if isinstance(error, StopIteration):
+            reason = "there are no rows"
+        if isinstance(error, KeyError):
+            reason = f"there is no {reason}"
         if isinstance(error, ConnectionError) or "ffline" in type(error).__name__ + reason:
             raise ResourceError(f"task {name}: its data cannot be downloaded: {reason}") from error
         raise DataError(f"task {name}: cannot be loaded: {reason}") from error

@@ -21,6 +21,8 @@ def check_prompt(prompt_ids: Sequence[int], config: DecoderConfig) -> None:
     """Raise ConfigError for a prompt that a model of these sizes cannot continue."""
     if not prompt_ids:
         raise ConfigError("the prompt has no tokens; it needs at least one, such as BOS")
+    if min(prompt_ids) < 0:
+        raise ConfigError(f"the prompt has token id {min(prompt_ids)}; ids begin with 0")
     if max(prompt_ids) >= config.vocab_size:
         raise ConfigError(
             f"the prompt has token id {max(prompt_ids)} and the model a vocabulary of "

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mytune.errors import ConfigError
 
+_COLDEST = 1e-30  # colder, logits divided by it are beyond float32
+
 
 class Sampling(TypedDict, total=False):
     """How tokens are chosen; see `sample`."""
@@ -78,7 +80,7 @@ def sample(
     if seen is not None:
         worse = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
         logits = torch.where(seen, worse, logits)
-    if temperature == 0:
+    if temperature < _COLDEST:
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_p == 1:

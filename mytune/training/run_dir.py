@@ -44,10 +44,7 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(lock)
     except OSError as error:
-        raise ResourceError(
-            f"output_dir: cannot write in {directory}: {error.strerror}; "
-            "choose another output_dir or change its permissions"
-        ) from error
+        raise cannot_write(directory, error) from error
     try:
         clean_up(directory)
         barrier()
@@ -55,6 +52,14 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def cannot_write(directory: Path, error: OSError) -> ResourceError:
+    """Return what to tell of an output directory that cannot be made or written."""
+    return ResourceError(
+        f"output_dir: cannot write in {directory}: {error.strerror}; "
+        "choose another output_dir or change its permissions"
+    )
 
 
 def _acquire(lock: Path) -> int:

@@ -61,6 +61,7 @@ def test_wrong_option_is_one_line_and_exit_2(tune):
         (OSError(errno.ENOSPC, "No space left on device", "w.safetensors"), 5),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 5),
         (MemoryError("no 8 GiB"), 5),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you"), 5),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), 5),
         (ZeroDivisionError("x"), 70),
         (ModuleNotFoundError("No module named 'mytune.x'", name="mytune.x"), 70),

@@ -82,6 +82,10 @@ def test_all_problems_are_reported_before_the_recipe_is_imported(tune, root):
         ([*LORA, "--nproc_per_node", "2"], "torchrun's options come before the recipe"),
         ([*LORA, "--batch-size=2"], "settings are key=value"),
         (["--no_such_option=1", *LORA], "torchrun's options: unrecognized arguments: --no_such"),
+        (
+            ["--nproc_per_node", "2", "generate", "--config", "generation"],
+            "generate runs in one process: leave out --nproc",
+        ),
         (["--nproc_per_node", "many", *LORA], "--nproc-per-node many: Unsupported"),
         (["-m", *LORA], "`tune run` starts the recipe itself"),
         ([], "the following arguments are required: RECIPE"),

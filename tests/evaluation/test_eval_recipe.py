@@ -13,6 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import yaml
 from lm_eval.models.huggingface import HFLM
 
 from mytune.assets import ASSETS
@@ -196,6 +197,30 @@ def test_base_and_fine_tuned_stand_side_by_side(tune, base, adapter, tmp_path, h
     assert re.search(r"\| rolling \| bits_per_byte \| ↓ \|", out)
 
 
+def test_what_is_compared_and_was_measured_otherwise_is_told(tune, tmp_path):
+    tune("seed=3", "max_seq_length=400")
+    earlier = (tmp_path / "out" / "evaluation.json").rename(tmp_path / "earlier.json")
+    _, _, err = tune("tasks=[choice,rolling]", "--compare", str(earlier))
+    told = [line for line in err.splitlines() if "not measured alike" in line]
+    assert [line.partition("alike: ")[2] for line in told] == [
+        "rolling: there are no results for the base",
+        "max_seq_length was 400 for the base and is None",
+        "seed was 3 for the base and is 1234",
+    ]
+
+
+def test_a_base_that_does_not_fit_costs_no_results(tune, base, tmp_path):
+    other = tmp_path / "other"
+    tiny_llama(**SIZES_OF, num_hidden_layers=1).save_pretrained(other)
+    results, _, _ = tune("--compare", str(other), code=4)
+    assert results["results"]["choice"]["acc,none"] > 0
+    assert not (tmp_path / "out" / "evaluation_1.json").exists()
+    alone, _, _ = tune("--compare", str(base))
+    assert alone["results"] == results["results"] == {"choice": alone["base"]["choice"]}
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {f"evaluation{n}.{kind}" for n in ("", "_1") for kind in ("json", "md")}
+
+
 def test_the_embedded_config_runs(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["run", "eleuther_eval", "--config", "tiny/evaluation", "limit=5"]
@@ -232,6 +257,9 @@ def test_the_tutorial_config_can_be_copied_and_edited(tmp_path, monkeypatch):
         (["limit=0"], 2, "limit is 0.0; it must be above 0"),
         (["compare=/nowhere"], 2, "compare: /nowhere does not exist"),
         (["num_fewshot=-1"], 2, "num_fewshot is -1"),
+        (["limit=2.5"], 2, "limit is 2.5; above 1 it is a number of documents, and whole"),
+        (["fewshot_as_multiturn=true"], 2, "fewshot_as_multiturn needs chat_template=true"),
+        (["output_dir=/proc/none"], 5, "output_dir: cannot write in /proc/none"),
         (["tasks=[truthfulqa_mc2]"], 5, "task truthfulqa_mc2: its data cannot be downloaded"),
         (["tasks=[writing]", "max_seq_length=20"], 2, "task writing generates up to 24 tokens"),
     ],
@@ -241,6 +269,46 @@ def test_what_is_wrong_is_one_line(tune, overrides, code, message):
     assert re.search(message, err)
     assert out == ""
     assert "weights" not in err
+
+
+OWN = {
+    "metric": (
+        {"metric_list": [{"metric": "accc", "aggregation": "mean"}]},
+        2,
+        "has the metric accc, which lm_eval does not know",
+    ),
+    "aggregation": (
+        {"metric_list": [{"metric": "acc", "aggregation": "meen"}]},
+        2,
+        "has the metric acc with an aggregation that lm_eval does not know",
+    ),
+    "choices": (
+        {"doc_to_choice": "{{7 if label == 1 else choices}}"},
+        3,
+        r'task choices: lm_eval can make nothing of {"question": .*second user.*: TypeError \(',
+    ),
+    "split": ({"test_split": "tst"}, 3, "task split: cannot be loaded: there is no 'tst'"),
+    "empty": ({"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}}, 3, "there are no rows"),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_mistakes_in_a_task_of_ones_own_are_told(tune, tasks_folder, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("none.jsonl").touch()
+    change, code, message = OWN[name]
+    task = yaml.safe_load((tasks_folder / "choice.yaml").read_text())
+    Path("own").mkdir()
+    Path(f"own/{name}.yaml").write_text(yaml.safe_dump({**task, "task": name, **change}))
+    _, out, err = tune(f"tasks=[{name}]", "include_path=own", code=code)
+    assert re.search(message, err.splitlines()[-1]), err
+    assert out == ""
+
+
+def test_a_task_that_is_no_yaml_is_named(tune, tmp_path):
+    (tmp_path / "bad.yaml").write_text("task: bad\nx: y: z\n")
+    _, _, err = tune("tasks=[bad]", f"include_path={tmp_path}", code=2)
+    assert "bad.yaml:2: not valid YAML: mapping values are not allowed" in err.splitlines()[-1]
 
 
 def test_a_missing_harness_is_one_line_that_says_how_to_install_it(tune, monkeypatch):

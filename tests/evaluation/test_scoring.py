@@ -105,13 +105,20 @@ def test_a_batch_is_so_many_rows_or_tokens():
     assert [len(b) for b in cut(items, len, "auto", CPU)] == [2, 3]
 
 
-def test_what_does_not_fit_into_memory_is_halved_unless_ranks_must_run_in_step(caplog, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_does_not_fit_into_memory_is_halved_unless_ranks_must_run_in_step(
+    device, caplog, monkeypatch
+):
     seen = []
+    full = {
+        "cpu": RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried"),
+        "cuda": torch.OutOfMemoryError("full"),
+    }[device]
 
     def work(batch):
         seen.append(len(batch))
         if len(batch) > 2:
-            raise torch.OutOfMemoryError("full")
+            raise full
         return {i: -i for i in batch}
 
     model, _ = twins()
@@ -120,7 +127,7 @@ def test_what_does_not_fit_into_memory_is_halved_unless_ranks_must_run_in_step(c
     assert seen == [5, 2, 3, 1, 2, 1]
     assert "a batch of 5 does not fit into memory" in caplog.text
     monkeypatch.setattr(batches, "is_sharded", lambda _: True)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(full)):
         run_batches([[1, 2, 3, 4, 5], [6]], work, "test", model)
     assert seen[6:] == [5]
 

@@ -26,7 +26,10 @@ from tests.hf import twins
 
 def task(kind="generate_until", generation=None, **traits):
     return SimpleNamespace(
-        OUTPUT_TYPE=kind, get_config={"generation_kwargs": generation}.get, **traits
+        OUTPUT_TYPE=kind,
+        get_config={"generation_kwargs": generation}.get,
+        aggregation=lambda: {},
+        **traits,
     )
 
 
@@ -103,7 +106,7 @@ def test_results_that_were_not_measured_alike_are_told():
     base = results(**{"n-shot": {"a": 0, "b": 5}, "n-samples": counts})
     counts = {**counts, "b": {"original": 9, "effective": 4}}
     tuned = results(**{"n-shot": {"a": 2, "c": 1}, "n-samples": counts})
-    assert differing(base, tuned) == [
+    assert differing(base, tuned, "seed: 1") == [
         "a: n-shot was 0 for the base and is 2",
         "b: n-samples was 3 for the base and is 4",
     ]

@@ -126,6 +126,18 @@ def test_what_is_oldest_is_forgotten_when_there_is_no_room(chat, answers):
     assert len(out.splitlines()) == 3
 
 
+def test_a_system_message_that_never_fits_is_not_taken(chat, answers):
+    out, err = chat("/system " + "x" * 300, "Hello", words=["max_seq_len=250"])
+    assert "too long" in err
+    assert out.splitlines() == answers("Hello")
+
+
+def test_messages_need_a_stdin(chat, monkeypatch, capfd, base):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", str(base), *GREEDY]) == 2
+    assert "stdin, which is closed" in capfd.readouterr().err
+
+
 def test_a_message_that_never_fits_costs_nothing_of_what_was_said(chat, answers):
     out, err = chat("Hello", "x" * 300, "How are you?", words=["max_seq_len=250"])
     assert "too long" in err and "forgotten" not in err

@@ -263,6 +263,7 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
         {"prompt": "a", "completion": "what it should be"},
         {"prompt": "a", "note": "\ud800"},
         {"prompt": "a", "user": "b"},
+        {"prompt": "a", "system": "b"},
     )
     with file.open("a") as more:
         more.write("not json\n")
@@ -277,7 +278,8 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
         (7, "completion: the answer would replace it"),
         (8, "cannot be written as JSON"),
         (9, "prompt and user: a row has one of them"),
-        (10, "not JSON"),
+        (10, "system, which goes with user, and not with prompt"),
+        (11, "not JSON"),
     ]:
         assert re.search(rf"{re.escape(str(file))}:{row}: .*{why}", err)
     assert f"{file}:1:" not in err

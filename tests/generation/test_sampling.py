@@ -40,6 +40,12 @@ def test_temperature_zero_takes_the_likeliest():
     assert sample(logits, temperature=0, top_k=3).tolist() == logits.argmax(-1).tolist()
 
 
+def test_the_coldest_temperatures_take_the_likeliest():
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 40
+    for temperature in (1e-320, 1e-40, 1e-29):
+        assert sample(logits, temperature=temperature).tolist() == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature_divides_the_logits(temperature):
     assert_drawn_from(frequencies(temperature=temperature), PROBABILITIES ** (1 / temperature))

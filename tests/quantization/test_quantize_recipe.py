@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from mytune.assets import ASSETS
 from mytune.cli.main import main
+from mytune.errors import ResourceError
 from mytune.generation import generate
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.quantization import Int8WeightOnlyQuantizer
+from mytune.training import FullModelHFCheckpointer
 from tests.quantization.conftest import load
 from tests.quantization.test_quantized_checkpoints import hashes
 
@@ -115,6 +117,19 @@ def test_another_runs_result_is_kept_unless_told_otherwise(quantize, tmp_path):
     }
 
 
+def test_no_report_stands_beside_weights_that_it_is_not_of(quantize, tmp_path, monkeypatch):
+    quantize(*QUICK)
+    report = tmp_path / "q" / "quantization_report.json"
+    assert report.exists()
+
+    def failing(self, target, *_):
+        assert not report.exists()
+        raise ResourceError(f"no room for {target}")
+
+    monkeypatch.setattr(FullModelHFCheckpointer, "save_quantized", failing)
+    quantize(*QUICK, "overwrite_output_dir=true", code=5)
+
+
 def test_without_measurements_the_base_is_never_loaded(quantize, tmp_path):
     _, err = quantize("perplexity_file=null", "decode_tokens=0")
     assert err.count("Reading 2.02 MiB") == 1 and err.count("Reading quantized weights") == 1
@@ -169,7 +184,7 @@ REFUSED = {
     "max_seq_len=1": (2, "max_seq_len is 1"),
     "decode_tokens=-1": (2, "decode_tokens is -1"),
     "tokenizer=null": (2, "perplexity_file needs a tokenizer"),
-    "perplexity_file=nowhere.txt": (3, "nowhere.txt cannot be read"),
+    "perplexity_file=nowhere.txt": (2, "'nowhere.txt', and there is no such file"),
 }
 
 
