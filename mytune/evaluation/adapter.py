@@ -113,6 +113,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
+        for (_, text), _, rest in requests:
+            if len(rest) > self.max_length:
+                raise ConfigError(
+                    f"max_seq_length (or the model) has room for {self.max_length} tokens, and a "
+                    f"continuation to score has {len(rest)} and must fit as a whole: {text[:40]!r}..."
+                )
         return self._score([Request(context, rest) for _, context, rest in requests])
 
     def loglikelihood_rolling(
@@ -139,12 +145,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """Score what fits; of what does not, the end that does."""
         limit = self.max_length + 1  # the last token is predicted, and not read
-        longest = max((len(r.continuation) for r in requests), default=0)
-        if longest > self.max_length:
-            raise ConfigError(
-                f"max_seq_length is {self.max_length}, and a continuation to score has {longest} "
-                "tokens: it must fit as a whole"
-            )
         extra = [max(len(r.context) + len(r.continuation) - limit, 0) for r in requests]
         self._warn(sum(n > 0 for n in extra), len(requests))
         ends = [

@@ -112,6 +112,14 @@ def test_results_that_were_not_measured_alike_are_told():
     ]
 
 
+def test_a_continuation_that_never_fits_is_shown(random_pair):
+    adapter = HarnessModel(twins()[0], random_pair.tokenizer, max_seq_length=4)
+    fits, long = (("a", "b"), [1], [2]), (("a", "what is long"), [1], [2, 3, 4, 5, 6])
+    assert len(adapter._loglikelihood_tokens([fits])) == 1
+    with pytest.raises(ConfigError, match=r"room for 4 tokens.* has 5 .*'what is long'"):
+        adapter._loglikelihood_tokens([fits, long])
+
+
 def test_an_evaluated_model_is_freed_at_once(random_pair):
     model, _ = twins()
     adapter = HarnessModel(model, random_pair.tokenizer)
