@@ -113,11 +113,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        for (_, text), _, rest in requests:
+        for strings, _, rest in requests:
             if len(rest) > self.max_length:
                 raise ConfigError(
                     f"max_seq_length (or the model) has room for {self.max_length} tokens, and a "
-                    f"continuation to score has {len(rest)} and must fit as a whole: {text[:40]!r}..."
+                    f"continuation to score has {len(rest)}, begins with {strings[1][:40]!r} and "
+                    "must fit as a whole"
                 )
         return self._score([Request(context, rest) for _, context, rest in requests])
 

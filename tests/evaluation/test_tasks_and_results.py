@@ -28,7 +28,7 @@ def task(kind="generate_until", generation=None, **traits):
     return SimpleNamespace(
         OUTPUT_TYPE=kind,
         get_config={"generation_kwargs": generation}.get,
-        aggregation=lambda: {},
+        aggregation=dict,
         **traits,
     )
 
