@@ -113,7 +113,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        for strings, _, rest in requests:
+        for strings, _context, rest in requests:
             if len(rest) > self.max_length:
                 raise ConfigError(
                     f"max_seq_length (or the model) has room for {self.max_length} tokens, and a "
