@@ -204,7 +204,8 @@ def read_prompts(
         DataError: rows that cannot be answered, each with its `file:row`.
     """
     if not Path(file).expanduser().is_file():
-        raise ConfigError(f"prompt_file is {file!r}, and there is no such file")
+        what = "that is a folder" if Path(file).expanduser().is_dir() else "there is no such file"
+        raise ConfigError(f"prompt_file is {file!r}, and {what}")
     rows, prompts, problems = [], [], []
     for where, row in open_source(file).read():
         try:
@@ -246,7 +247,10 @@ def tokenize_row(row: Any, tokenizer: ModelTokenizer) -> list[int]:
             return tokenize_prompt(prompt, tokenizer)
         case {"user": str(user)}:
             return tokenize_prompt({"user": user, "system": row.get("system")}, tokenizer)
-    raise DataError('a row is an object with "prompt", "messages", or "user" and perhaps "system"')
+    found = f" and this one has {', '.join(row) or 'nothing'}" if isinstance(row, dict) else ""
+    raise DataError(
+        f'a row is an object with "prompt", "messages", or "user" and perhaps "system"{found}'
+    )
 
 
 def check_row(row: dict[str, Any]) -> None:

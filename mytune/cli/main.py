@@ -48,5 +48,9 @@ def _run(words: list[str]) -> int:
         case [verb, *rest] if verb in VERBS:
             code: int = importlib.import_module(f"mytune.cli.{verb}").main(rest)
             return code
+    from mytune.cli.registry import RECIPES
+
+    if words[0] in RECIPES:
+        raise ConfigError(f"{words[0]} is a recipe, no command: tune run {' '.join(words)}")
     near = did_you_mean(words[0], VERBS)
     raise ConfigError(f"there is no command {words[0]!r} (`tune --help` lists them){near}")

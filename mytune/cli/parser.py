@@ -26,4 +26,5 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
+        told = message.replace(", key=value", "")  # which need not be there
+        raise ConfigError(f"{told}; see `{self.prog} --help`")

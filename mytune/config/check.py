@@ -95,6 +95,14 @@ def _check_arguments(
             yield KEY, f"{short} needs the argument {key!r}"
 
 
+def _repair(key: str, missing: Path) -> str:
+    """Return what may be meant: a neighbour, or the same name one folder below; or its source."""
+    folder = missing.expanduser().parent
+    below = sorted(map(str, folder.glob(f"*/{missing.name}")))
+    near = did_you_mean(missing.name, [each.name for each in folder.glob("*")])
+    return f"; did you mean {below[0]!r}?" if below else near or f"; {_SOURCES.get(key, _DOWNLOAD)}"
+
+
 def _check_files(node: Component) -> Iterator[Finding]:
     """Inputs are found from the current directory, or in `checkpoint_dir` or `output_dir`."""
     folders = ["", *(str(node[key]) for key in ("checkpoint_dir", "output_dir") if node.get(key))]
@@ -105,7 +113,7 @@ def _check_files(node: Component) -> Iterator[Finding]:
         places = [Path(folder, value) for folder in folders]
         places += [place.parent / "original" / place.name for place in places if key == "path"]
         if not any(place.exists() for place in places):
-            yield key, f"{value!r} does not exist; {_SOURCES.get(key, _DOWNLOAD)}"
+            yield key, f"{value!r} does not exist{_repair(key, Path(value))}"
     keys = ["source", "data_files"] if node.get("source") in _READERS else ["source"]
     for key in keys:
         value = node.get(key)

@@ -57,7 +57,9 @@ def refusal(name: str) -> str | None:
     """Return why a component of this name must not be built; None if it may. It is not imported."""
     parts = name.split(".")
     if len(parts) < 2 or not all(part.isidentifier() and part[:2] != "__" for part in parts):
-        like = f"; did you mean {full!r}?" if (full := _full_name(name)) else ""
+        like = (
+            f"; did you mean {' or '.join(map(repr, full))}?" if (full := _full_names(name)) else ""
+        )
         return f"{name!r} is not a dotted name{like or _EXAMPLE}"
     allowed = [*_OTHERS, *_allowed_by_user]
     if any(name.startswith(f"{prefix}.") for prefix in allowed) or local_file(name):
@@ -71,13 +73,16 @@ def refusal(name: str) -> str | None:
     )
 
 
-def _full_name(short: str) -> str | None:
-    """Return what a component of mytune's is called in full, of those that a package shows."""
-    for prefix in _OUR_PACKAGES:
-        shown = getattr(importlib.import_module(prefix.removesuffix(".")), "__all__", ())
-        if short in shown and _is_ours(f"{prefix}{short}"):
-            return f"{prefix}{short}"
-    return None
+def _full_names(short: str) -> list[str]:
+    """Return what components of mytune's with a name, or with it in theirs, are called in full."""
+    shown = [
+        (name, f"{prefix}{name}")
+        for prefix in _OUR_PACKAGES
+        for name in getattr(importlib.import_module(prefix.removesuffix(".")), "__all__", ())
+        if _is_ours(f"{prefix}{name}")
+    ]
+    exact = [full for name, full in shown if name == short]
+    return exact or [full for name, full in shown if short and short.lower() in name.lower()][:3]
 
 
 def local_file(name: str) -> tuple[Path, str] | None:

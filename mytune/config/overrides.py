@@ -61,7 +61,9 @@ def _parse(text: str, schema: Schema) -> Override:
     key, equals, raw = text.partition("=")
     name = key.removeprefix("~")
     if not _KEY_TEXT.fullmatch(name):
-        raise ValueError("write key=value or ~key" + did_you_mean(key.lstrip("-+~"), schema.names))
+        near = did_you_mean(key.lstrip("-+~"), schema.names)
+        spaces = "" if equals else ", without spaces"
+        raise ValueError(f"write key=value or ~key{spaces}{near}")
     path = tuple(name.split("."))
     if key.startswith("~"):
         if equals:
@@ -69,6 +71,8 @@ def _parse(text: str, schema: Schema) -> Override:
                 f"~{name} removes a key and takes no value; to set it write {name}={raw}"
             )
         return Override(text, path, remove=True)
+    if not equals:
+        raise ValueError(f"write {name}=VALUE, without spaces; or in quotes: '{name}=two words'")
     if not raw:
         raise ValueError(f"no value; write {name}=null for none, {name}='\"\"' for an empty text")
     return Override(text, path, _read(raw, schema.names.get(name)))
@@ -82,6 +86,8 @@ def _read(raw: str, field: Field | None) -> Any:
     except ValueError:
         if wants_text:
             return raw
+        if raw[0] in "[{" and raw[-1] not in "]}":
+            raise ValueError(f"{raw} does not end: leave out its spaces, or quote it all") from None
         raise
     return raw if wants_text and not isinstance(value, str | None) else value
 

@@ -20,7 +20,13 @@ MAX_TEXT = 1_000_000  # characters that references may expand to
 _OPEN = r"(?<!\\)(?:\\\\)*\$\{"
 _REFERENCE = re.compile(_OPEN + r"([A-Za-z_][\w.-]*)\}")
 _BAD_REFERENCE = re.compile(_OPEN + r"(?!oc\.env:|asset:\w+\}|[A-Za-z_][\w.-]*\})")
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list[str]": "a list of texts",
+}
 
 
 def make_typed(tree: Tree) -> DictConfig:
@@ -50,7 +56,9 @@ def _expected(field: Field, value: Any) -> str:
         choices = field.kind[len("Literal[") : -1]
         near = did_you_mean(str(value), re.findall(r"'([^']*)'", choices))
         return f"one of {choices}{null}{near}"
-    return _WORDS.get(field.kind, field.kind) + null
+    one = field.kind.startswith("list") and isinstance(value, str | int | float)
+    example = f"; write [{value}]" if one else ""
+    return _WORDS.get(field.kind, field.kind) + null + example
 
 
 def bad_reference(text: str) -> str | None:

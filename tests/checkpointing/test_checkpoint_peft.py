@@ -120,8 +120,9 @@ def test_an_adapter_that_peft_saved_is_read(tmp_path: Path) -> None:
 
     base = tiny.hf_model(tiny.SIZES)
     peft = get_peft_model(base, LoraConfig(r=3, target_modules="all-linear", use_dora=True))
-    peft.save_pretrained(tmp_path)
-    state, config = read_adapter(tmp_path)
+    peft.save_pretrained(tmp_path / "adapter")
+    state, config = read_adapter(tmp_path / "adapter")
+    assert read_adapter(tmp_path)[1] == config  # a checkpoint stands for the adapter in it
     linears = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert config["target_modules"] == linears and len(state) == 2 * 7 * 3
     own = peft.state_dict()

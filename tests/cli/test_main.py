@@ -37,6 +37,11 @@ def test_version(tune):
     assert tune("--version") == (0, f"mytune {__version__}\n", "")
 
 
+def test_a_recipe_is_no_command(tune):
+    code, _, err = tune("generate", "--config", "generation")
+    assert code == 2 and err.endswith("no command: tune run generate --config generation\n")
+
+
 def test_misspelt_command_is_an_error_with_the_nearest_name(tune):
     code, out, err = tune("validat")
     assert (code, out) == (2, "")

@@ -109,6 +109,11 @@ def test_missing_files_of_our_components_are_told(recipe: None, load: Load) -> N
     assert problems[0].startswith("c.yaml:4: model.path: 'no/tokenizer.model' does not exist")
     assert check_components(loaded, files=False) == []
     Path("no").mkdir()
+    Path("no/tokeniser.model").touch()
+    assert check_components(loaded)[0].endswith("; did you mean 'tokeniser.model'?")
+    Path("no/epoch_0").mkdir()
+    Path("no/epoch_0/tokenizer.model").touch()
+    assert check_components(loaded)[0].endswith("; did you mean 'no/epoch_0/tokenizer.model'?")
     Path("no/tokenizer.model").touch()
     assert check_components(loaded) == []
 

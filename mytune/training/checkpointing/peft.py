@@ -50,9 +50,13 @@ def write_adapter(
 def read_adapter(path: Path) -> Adapter:
     """Read a PEFT directory (or its weight file) into our names and its settings.
 
+    A checkpoint has it in `adapter`.
+
     `target_modules` is told by the tensors, since PEFT also allows a pattern there.
     """
     folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
+        return read_adapter(folder / "adapter")
     found = [f for f in (WEIGHTS, "adapter_model.bin") if (folder / f).is_file()]
     if not (folder / CONFIG).is_file() or not found:
         raise CheckpointError(f"{folder} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS}")
