@@ -57,10 +57,8 @@ def refusal(name: str) -> str | None:
     """Return why a component of this name must not be built; None if it may. It is not imported."""
     parts = name.split(".")
     if len(parts) < 2 or not all(part.isidentifier() and part[:2] != "__" for part in parts):
-        like = (
-            f"; did you mean {' or '.join(map(repr, full))}?" if (full := _full_names(name)) else ""
-        )
-        return f"{name!r} is not a dotted name{like or _EXAMPLE}"
+        full = " or ".join(map(repr, _full_names(name)))
+        return f"{name!r} is not a dotted name" + (f"; did you mean {full}?" if full else _EXAMPLE)
     allowed = [*_OTHERS, *_allowed_by_user]
     if any(name.startswith(f"{prefix}.") for prefix in allowed) or local_file(name):
         return None
