@@ -103,8 +103,9 @@ def _check_stored(checkpointer: Any, quantizer: Any, device: torch.device, has_n
 
 def _dtype_of(embedding: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     if embedding.dtype is not dtype:
-        names = [str(each).removeprefix("torch.") for each in (embedding.dtype, dtype)]
-        log.warning("the model was quantized in %s and computes in it, not in dtype=%s", *names)
+        own, other = (str(each).removeprefix("torch.") for each in (embedding.dtype, dtype))
+        told = "the model was quantized in %s and computes in it, not in %s: set dtype=%s"
+        log.warning(told, own, other, own)
     return embedding.dtype
 
 
