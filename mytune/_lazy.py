@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -29,6 +28,8 @@ def lazy_names(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
 
 def import_quietly(module: str) -> ModuleType:
     """Import and return a module, without torchao's warnings about itself."""
+    import logging  # a third of the time of `tune ls`
+
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     try:

@@ -55,15 +55,6 @@ class RanksLost(ResourceError):
     """Other ranks died or do not answer; what is wrong is theirs to say, if they can."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that the device's memory, or the CPU's, does not suffice."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for it
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't alloc" in str(error))
-    )
-
-
 class NumericalError(TuneError):
     """A loss or gradient that is not finite."""
 
@@ -80,6 +71,15 @@ class StoppedEarly(TuneError):
     """The run was asked to stop, has saved, and can be resumed."""
 
     exit_code = 75
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that the device's memory, or the CPU's, does not suffice."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for it
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't alloc" in str(error))
+    )
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

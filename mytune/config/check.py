@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from glob import glob
+from glob import escape, glob
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,9 +97,8 @@ def _check_arguments(
 
 def _repair(key: str, missing: Path) -> str:
     """Return what may be meant: a neighbour, or the same name one folder below; or its source."""
-    folder = missing.expanduser().parent
-    below = sorted(map(str, folder.glob(f"*/{missing.name}")))
-    near = did_you_mean(missing.name, [each.name for each in folder.glob("*")])
+    below = sorted(map(str, missing.parent.glob(f"*/{escape(missing.name)}")))
+    near = did_you_mean(missing.name, [each.name for each in missing.parent.glob("*")])
     return f"; did you mean {below[0]!r}?" if below else near or f"; {_SOURCES.get(key, _DOWNLOAD)}"
 
 

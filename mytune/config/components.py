@@ -80,7 +80,9 @@ def _full_names(short: str) -> list[str]:
         if _is_ours(f"{prefix}{name}")
     ]
     exact = [full for name, full in shown if name == short]
-    return exact or [full for name, full in shown if short and short.lower() in name.lower()][:3]
+    return (
+        exact or [full for name, full in shown if short[2:] and short.lower() in name.lower()][:3]
+    )
 
 
 def local_file(name: str) -> tuple[Path, str] | None:

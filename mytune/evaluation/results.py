@@ -29,8 +29,7 @@ log = logging.getLogger("mytune")
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
 # Keys of the recipe that change scores, and that the harness's results do not tell.
 _SETTINGS = (
-    *("chat_template", "fewshot_as_multiturn", "system_instruction", "max_seq_length"),
-    *("dtype", "seed"),
+    "chat_template fewshot_as_multiturn system_instruction max_seq_length dtype seed".split()
 )
 _KEPT = "results groups group_subtasks versions n-shot n-samples higher_is_better".split()
 

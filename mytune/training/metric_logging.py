@@ -34,8 +34,8 @@ class MetricLogger:
         self.log_dict({name: value}, step)
 
     def log_dict(self, payload: Mapping[str, Scalar], step: int) -> None:
-        """Log numbers of one step, by name."""
-        if rank() == 0:
+        """Log numbers of one step, by name; nothing is logged of none."""
+        if rank() == 0 and payload:
             self._write({name: float(value) for name, value in payload.items()}, step)
 
     def log_config(self, config: str) -> None:

@@ -391,6 +391,8 @@ def test_a_signal_ends_an_evaluation_and_the_run_can_go_on(tmp_path, monkeypatch
     assert len(answered) == 2
     assert "not evaluated: stopping" in capfd.readouterr().err
     assert (tmp_path / "stopped" / "step_3").exists()
+    lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
+    assert all("loss" in json.loads(line) for line in lines) and len(lines) == 3
     assert main([*stopped, "resume_from_checkpoint=true"]) == 0
     curves = [curve_of(tmp_path / name) for name in ("straight", "stopped")]
     assert curves[0] == curves[1] and len(curves[0]) == 4
