@@ -11,6 +11,7 @@ from tests.cli.conftest import finish, start
 
 HEAVY = {"torch", "transformers", "datasets", "numpy", "huggingface_hub"}
 NAMES_ONLY = HEAVY | {
+    "logging",
     "omegaconf",
     "yaml",
     "asyncio",
