@@ -24,6 +24,7 @@ from mytune.generation import (
     Memory,
     Sampling,
     TextStream,
+    can_compile,
     check_prompt,
     check_sampling,
     pack_linears,
@@ -93,7 +94,8 @@ class Config:
     device: str = "cuda"
     # Of weights and computation: bf16 or fp32.
     dtype: str = "bf16"
-    # Compile the step for one token: it takes a while, then every token takes less.
+    # Compile the step for one token: it takes a while, then every token takes less. On a CPU that
+    # is for quantized weights; others are packed.
     compile: bool = False
     # DEBUG, INFO, WARNING or ERROR.
     log_level: str = "INFO"
@@ -117,9 +119,11 @@ def main(cfg: Config) -> int:
     check_prompt(tokenize([*turns, Message("user", "Hello")], tokenizer), model.config)
 
     model = load_for_inference(model, checkpointer, device, dtype)
+    pack_linears(model)
     if cfg.compile:
-        log.info("compiling the step for one token with the first ones; this takes a while")
-    pack_linears(model, compile=cfg.compile)
+        first = "the first tokens take a while"
+        left = "left out: unquantized weights are packed for this CPU, which is faster"
+        log.info("compile: %s", first if can_compile(model) else left)
     memory = Memory(model, length, compile=cfg.compile)
     settings = {"max_new_tokens": cfg.max_new_tokens, "generator": generator, **sampling}
     log.info("Type a message, or /help.")

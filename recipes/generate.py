@@ -27,6 +27,7 @@ from mytune.errors import ConfigError, DataError, shortened
 from mytune.generation import (
     Sampling,
     TextStream,
+    can_compile,
     check_prompt,
     check_sampling,
     complete,
@@ -98,7 +99,8 @@ class Config:
     dtype: str = "bf16"
     # Keep keys and values of earlier tokens; without, every token reads the whole text again.
     enable_kv_cache: bool = True
-    # Compile the step for one token: it takes a while, then every token takes less.
+    # Compile the step for one token: it takes a while, then every token takes less. On a CPU that
+    # is for quantized weights; others are packed.
     compile: bool = False
     # Quantize the linears once they are loaded; a quantized checkpoint needs none.
     quantizer: Component | None = None
@@ -132,10 +134,12 @@ def main(cfg: Config) -> int:
 
     model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
     streamed = cfg.prompt_file is None and cfg.num_samples == 1 and not cfg.logprobs
-    if cfg.compile:
-        log.info("compiling the step for one token with the first ones; this takes a while")
     together = 1 if streamed else cfg.batch_size * cfg.num_samples
-    pack_linears(model, together, compile=cfg.compile)
+    pack_linears(model, together)
+    if cfg.compile:
+        first = "the first tokens take a while"
+        left = "left out: unquantized weights are packed for this CPU, which is faster"
+        log.info("compile: %s", first if can_compile(model) else left)
     bytes_read = bytes_per_token(model)
 
     settings: dict[str, Any] = {

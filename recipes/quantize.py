@@ -73,6 +73,8 @@ class Config:
     max_seq_len: int = 2048
     # Measure the speed of decoding over this many tokens, before and after; not measured if 0.
     decode_tokens: int = 64
+    # Decode as `compile` of a generation config does.
+    compile: bool = False
 
     # cuda, cuda:1, cpu, mps or xpu; some quantizers make weights for one kind of device alone.
     device: str = "cuda"
@@ -185,7 +187,7 @@ def measure(cfg: Config, model: Decoder, windows: list[Tensor]) -> Figures:
     figures: Figures = {"bytes": sum(stored_bytes(parameter) for parameter in model.parameters())}
     figures["perplexity"] = perplexity(model, windows) if windows else None
     pack_linears(model)
-    figures["tokens_per_second"] = decode_speed(model, cfg.decode_tokens)
+    figures["tokens_per_second"] = decode_speed(model, cfg.decode_tokens, cfg.compile)
     return figures
 
 
@@ -202,13 +204,14 @@ def perplexity(model: Decoder, windows: list[Tensor]) -> float:
     return math.exp(mean)
 
 
-def decode_speed(model: Decoder, count: int) -> float | None:
+def decode_speed(model: Decoder, count: int, compile: bool) -> float | None:
     """Return how many tokens follow a short prompt each second, after the first."""
     prompt = [id % model.config.vocab_size for id in range(1, 17)]
     count = min(count, model.config.max_seq_len - len(prompt) - 1)
     if count < 1:
         return None
-    memory = Memory(model, len(prompt) + count + 1)  # one, as a CUDA graph is recorded for it
+    # One, as a CUDA graph is recorded for it.
+    memory = Memory(model, len(prompt) + count + 1, compile)
     list(generate(model, prompt, max_new_tokens=min(count, 8), memory=memory))  # warm up
     tokens = generate(model, prompt, max_new_tokens=count + 1, memory=memory)
     next(tokens)
@@ -228,6 +231,7 @@ def report(
         "perplexity_file": cfg.perplexity_file,
         "device": describe_device(device),
         "dtype": cfg.dtype,
+        "compile": cfg.compile,
         "before": before,
         "after": after,
         "peak_memory": memory_stats(device),

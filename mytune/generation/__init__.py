@@ -1,4 +1,4 @@
-"""KV cache, sampling, the decoding loop, and linears packed for decoding on a CPU."""
+"""KV cache, sampling, the decoding loop, and linears laid out for decoding."""
 
 from mytune.generation.generate import (
     Decoding,
@@ -9,7 +9,7 @@ from mytune.generation.generate import (
     generate_batch,
 )
 from mytune.generation.kv_cache import KVCache
-from mytune.generation.packing import pack_linears
+from mytune.generation.packing import can_compile, pack_linears
 from mytune.generation.sampling import Sampling, check_sampling, sample
 from mytune.generation.text import Completion, TextStream, complete
 
@@ -21,6 +21,7 @@ __all__ = [
     "Row",
     "Sampling",
     "TextStream",
+    "can_compile",
     "check_prompt",
     "check_sampling",
     "complete",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mytune.errors import ConfigError, NumericalError
 from mytune.generation.kv_cache import KVCache
+from mytune.generation.packing import can_compile
 from mytune.generation.reading import CachedReader, Reader, StaticReader, UncachedReader
 from mytune.generation.sampling import Sampler, Sampling, check_sampling
 from mytune.modules.decoder import Decoder, DecoderConfig
@@ -95,7 +96,8 @@ class Decoding:
         logprobs: keep each token's log-probability.
         generator: of the model's device; the same seed gives the same tokens.
         enable_kv_cache: keep keys and values; if not, every token reads the whole text again.
-        compile: compile the step for one token per row; takes a while, worth it for many steps.
+        compile: compile the step for one token per row, if `can_compile`; takes a while, worth it
+            for many steps.
         memory: what is known of a single prompt, and is to be kept for the next one.
         sampling: see `sample`; greedy if nothing is given.
 
@@ -340,6 +342,7 @@ def _left_padded(
 def _cached_reader(
     model: Decoder, rows: int, length: int, pads: Tensor | None, compile: bool
 ) -> CachedReader:
+    compile = compile and can_compile(model)
     static = compile or model.device.type == "cuda"
     if static:
         length = -(-length // 256) * 256  # few lengths: each is compiled for itself

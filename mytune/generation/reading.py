@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -143,9 +144,15 @@ class StaticReader(CachedReader):
             if _waits(self._call):
                 return
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=_capture_stream(self._slots.device)):
                 self._logits = self._call()
             self._graph = graph
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that is recorded: torch has one, of the first device that recorded."""
+    return torch.cuda.Stream(device)
 
 
 def _waits(work: Callable[[], object]) -> bool:

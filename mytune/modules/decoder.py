@@ -128,7 +128,9 @@ class Attention(nn.Module):
         causal = mask is None and (cache is None or q.shape[2] == k.shape[2])
         if mask is None and not causal:
             mask = _aligned_causal_mask(q.shape[2], k.shape[2], q.device)
-        if mask is not None and self.grouped:  # no fused CUDA kernel takes a mask and groups
+        # No fused CUDA kernel takes groups with a mask, or in float32.
+        repeats = self.grouped and (mask is not None or (q.is_cuda and q.dtype is torch.float32))
+        if repeats:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q,
@@ -137,7 +139,7 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
-            enable_gqa=self.grouped and mask is None,
+            enable_gqa=self.grouped and not repeats,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

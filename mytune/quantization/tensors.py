@@ -43,12 +43,22 @@ def inner_tensors(tensor: Tensor) -> dict[str, Tensor]:
     return {name: inner for name, inner in found.items() if inner is not None}
 
 
-def numbers_and_scale(tensor: Tensor, kinds: Collection[str]) -> tuple[Tensor, Tensor] | None:
+def numbers_and_scale(
+    tensor: Tensor, kinds: Collection[str], rounds_inputs: bool = False
+) -> tuple[Tensor, Tensor] | None:
     """Return the numbers [n, m] and scale [n] that a tensor of one of these kinds is, if all it is.
 
-    None where groups of a row have scales of their own, or inputs are to be rounded, too.
+    None where groups of a row have scales of their own.
+
+    Args:
+        kinds: names of torchao's classes.
+        rounds_inputs: those whose inputs are rounded, too: symmetrically, with a scale for each
+            row; and not those whose inputs are left alone.
     """
-    if type(tensor).__name__ not in kinds or getattr(tensor, "act_quant_kwargs", None) is not None:
+    if type(tensor).__name__ not in kinds:
+        return None
+    rounding = getattr(tensor, "act_quant_kwargs", None)
+    if rounds_inputs != (rounding is not None) or not _is_by_row(rounding):
         return None
     inner = inner_tensors(tensor)
     zeros = inner.pop("zero_point", None)
@@ -56,6 +66,15 @@ def numbers_and_scale(tensor: Tensor, kinds: Collection[str]) -> tuple[Tensor, T
         return None
     numbers, scale = inner["qdata"], inner["scale"].flatten()
     return (numbers, scale) if numbers.ndim == 2 and len(scale) == len(numbers) else None
+
+
+def _is_by_row(rounding: Any) -> bool:
+    """Say whether inputs are rounded as torchao does it by default, or not at all."""
+    return rounding is None or (
+        type(rounding.granularity).__name__ == "PerRow"
+        and rounding.mapping_type.name == "SYMMETRIC"
+        and not rounding.reduce_range
+    )
 
 
 def stored_bytes(tensor: Tensor) -> int:

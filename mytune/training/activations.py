@@ -91,6 +91,8 @@ def _recomputed(forward: Callable[..., Tensor], keep_products: bool) -> Callable
 
     # A function of our own: torch.compile skips a module whose forward is `checkpoint` itself.
     def run(*args: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*args)  # it would keep the state of random numbers
         result: Tensor = checkpoint(forward, *args, use_reentrant=False, **options)
         return result
 

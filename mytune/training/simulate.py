@@ -274,10 +274,14 @@ def _cuda_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if attn_mask is None:
+    if attn_mask is None and q.dtype is not torch.float32:
         flash = _aten._scaled_dot_product_flash_attention
         return flash(q, k, v, dropout_p, is_causal, scale=scale)[0]
-    bias = torch.empty_like(attn_mask, dtype=q.dtype).expand(*q.shape[:2], -1, -1)
+    if enable_gqa:  # on CUDA attention repeats them itself
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    bias = None
+    if attn_mask is not None:
+        bias = torch.empty_like(attn_mask, dtype=q.dtype).expand(*q.shape[:2], -1, -1)
     efficient = _aten._scaled_dot_product_efficient_attention
     return efficient(q, k, v, bias, True, dropout_p, is_causal, scale=scale)[0]
 

@@ -36,14 +36,29 @@ def test_a_case_without_memory_or_time_is_a_row(monkeypatch: pytest.MonkeyPatch)
     ]
 
 
-def test_the_suite_ends_with_tables_and_says_what_it_left_out() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.bench", "--seconds", "0"],
+def test_decoding_is_measured() -> None:
+    script = (
+        "from tests.gpu.others import decode; print(*("
+        "decode(weights, {'compile': True}, 1e9)['tokens/s'] > 0"
+        " for weights in ('bf16', 'Int8WeightOnlyQuantizer')))"
+    )
+    done = run_tiny("-c", script)
+    assert done.stdout.splitlines()[-1:] == ["True True"], done.stderr
+
+
+def run_tiny(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python for the suite in its tiny size, on a CPU."""
+    return subprocess.run(
+        [sys.executable, *arguments],
         env={**os.environ, "MYTUNE_GPU_SUITE_ON": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_the_suite_ends_with_tables_and_says_what_it_left_out() -> None:
+    done = run_tiny("-m", "tests.gpu.bench", "--seconds", "0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| no time left |") >= 25
     assert "| LoRA | 2 x 4096 | compile | no time left |" in done.stdout

@@ -7,7 +7,8 @@ import torch
 
 from mytune.errors import ConfigError, NumericalError
 from mytune.generation import generate, pack_linears
-from mytune.generation.packing import HalfLinear, Joined, PackedLinear, _works, fits_half
+from mytune.generation.cpu_linear import HalfLinear, PackedLinear, fits_half, works
+from mytune.generation.packing import Joined
 from tests.generation.conftest import VARIED
 from tests.hf import twins
 
@@ -51,7 +52,7 @@ def rounded_twins(**sizes):
 
 def pack_for(capability, model, monkeypatch, dtype=torch.float32):
     """Pack linears as for a CPU with AVX2 or AVX-512; count those of each kind."""
-    if (capability, dtype) == ("AVX512", torch.bfloat16) and not _works(PackedLinear, dtype):
+    if (capability, dtype) == ("AVX512", torch.bfloat16) and not works(PackedLinear, dtype):
         pytest.skip(f"this CPU has no packed linears in {dtype}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     pack_linears(model)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mytune.quantization
-from mytune.generation import generate, pack_linears
+from mytune.generation import Memory, generate, pack_linears
 from mytune.models.llama3 import llama3
 from mytune.modules.decoder import Decoder, DecoderConfig
 from mytune.quantization import dequantize_nf4, quantize_nf4
@@ -39,24 +39,25 @@ def random_model(config: DecoderConfig) -> Decoder:
 
 
 def decode(weights: str, keys: dict[str, Any], copy_rate: float) -> Row:
-    """Return the tokens per second of one row, greedy, after 64 ids of prompt.
+    """Return the tokens per second of one row, greedy, after 64 ids of prompt and a first one.
 
     Args:
         weights: bf16, or the name of a quantizer.
-        keys: more for `generate`.
+        keys: more for `Memory`.
         copy_rate: bytes per second of the device's memory.
     """
     model = random_model(SIZES).requires_grad_(False)
     if weights != "bf16":
         getattr(mytune.quantization, weights)().quantize(model)
     read = sum(stored_bytes(p) for n, p in model.named_parameters() if "embed" not in n)
-    pack_linears(model, **keys)
-    spent = []
-    for _ in range(3):  # the first one compiles
+    pack_linears(model)
+    memory, spent = Memory(model, 65 + NEW_TOKENS, **keys), []
+    for _ in range(3):  # the first one compiles and records
+        tokens = generate(model, range(3, 67), max_new_tokens=1 + NEW_TOKENS, memory=memory)
+        next(tokens)
         wait()
         start = time.perf_counter()
-        count = sum(1 for _ in generate(model, range(3, 67), max_new_tokens=NEW_TOKENS, **keys))
-        wait()
+        count = sum(1 for _ in tokens)
         spent.append((time.perf_counter() - start) / count)
     return {
         "weights": weights,

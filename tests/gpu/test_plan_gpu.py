@@ -44,6 +44,7 @@ CASES = [
     (lora, {"recompute": ALL, "keep_products": True}),
     (lora, {"packed": True}),
     (lora, {"offload": True}),
+    (lora, {"dtype": torch.float32}),
     (lora, {"compile": True}),
     (lora, {"compile": True, "recompute": ALL}),
     (partial(lora, lora_dropout=0.1), {}),

@@ -15,14 +15,17 @@ from torchao.quantization import (
     Int4WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
+    PerTensor,
     quantize_,
 )
+from torchao.quantization.quant_primitives import MappingType
 
 from mytune.assets import ASSETS
 from mytune.config import instantiate
 from mytune.errors import ConfigError, ResourceError
-from mytune.generation import pack_linears
-from mytune.generation.packing import Int8Linear, is_int8
+from mytune.generation import can_compile, generate_batch, pack_linears
+from mytune.generation.cpu_linear import DynamicInt8Linear, Int8Linear
+from mytune.generation.packing import packed_linear
 from mytune.generation.row_linear import KINDS
 from mytune.models import auto_model
 from mytune.modules import LinearCrossEntropyLoss
@@ -141,26 +144,80 @@ def test_numbers_and_a_scale_are_told_of_weights_that_are_no_more(quantizer, is_
         torch.testing.assert_close(weight, model[0].weight.dequantize().float(), rtol=1e-2, atol=0)
 
 
-def test_packed_8_bit_linears_compute_the_same(base):
-    exact = load(base, FP32, quantizer=Int8WeightOnlyQuantizer())
-    model = load(base, quantizer=Int8WeightOnlyQuantizer())
-    tokens = some_tokens(512)
+PACKED = {"int8": Int8Linear, "int8 dynamic": DynamicInt8Linear}
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("length", [4, 24], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_8_bit_linears_compute_the_same(base, name, length, capability, monkeypatch):
+    quantizer, kind = ON_CPU[name][0], PACKED[name]
+    exact, model = load(base, FP32, quantizer=quantizer), load(base, quantizer=quantizer)
+    tokens = some_tokens(512, (2, length))
     expected, plain = logits(exact, tokens), logits(model, tokens)
     size = sum(stored_bytes(p) for p in model.parameters())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     pack_linears(model)
-    # Not down_proj, which has 96 inputs.
-    assert sum(type(m) is Int8Linear for m in model.modules()) == 3 * 6 + 1
-    assert sum(stored_bytes(p) for p in model.parameters()) == size
+    # In each block q, k and v joined, o, gate and up joined, down; and the head. Int8Linear is not
+    # for down_proj, which has 96 inputs.
+    found, blocks = sum(type(m) is kind for m in model.modules()), len(model.layers)
+    assert found == (3 if kind is Int8Linear else 4) * blocks + 1
+    assert 0.99 * size < sum(stored_bytes(p) for p in model.parameters()) <= size
     packed = logits(model, tokens)
     assert 0 < change(packed, expected) < 1.2 * change(plain, expected)
+
+
+def test_rounded_inputs_are_torchaos():
+    """In float32 to the bit: a row of zeros, one whose largest number rounds up, one of two."""
+    model = nn.Sequential(nn.Linear(96, 40, bias=False))
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    x = torch.cat([torch.zeros(1, 96), torch.eye(96)[:1] * 3, torch.randn(5, 96) * 1e3])
+    for rows in (x, x[1:2], x[:, None]):
+        found = packed_linear(model[0].weight, 1)(rows)
+        torch.testing.assert_close(found, model(rows), rtol=1e-6, atol=0)
 
 
 def test_8_bit_rows_that_fill_no_vectors_are_left_to_torchao():
     model = nn.Sequential(nn.Linear(172, 64, bias=False), nn.Linear(64, 172, bias=False)).to(BF16)
     quantize_(model, Int8WeightOnlyConfig())
-    assert [is_int8(linear.weight) for linear in model] == [False, True]
+    odd, even = (packed_linear(linear.weight, 1) for linear in model)
+    assert odd is None
     x = torch.randn(5, 64, dtype=BF16)
-    assert change(Int8Linear(model[1].weight)(x), model[1](x)) < 0.01
+    assert change(even(x), model[1](x)) < 0.01
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Int8DynamicActivationInt8WeightConfig(granularity=PerTensor()),
+        Int8DynamicActivationInt8WeightConfig(act_mapping_type=MappingType.ASYMMETRIC),
+    ],
+    ids=["whole tensors", "asymmetric"],
+)
+def test_inputs_that_are_rounded_otherwise_are_left_to_torchao(config):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).to(BF16)
+    quantize_(model, config)
+    assert packed_linear(model[0].weight, 1) is None
+
+
+def test_a_compiled_step_with_rounded_inputs_says_the_same(base):
+    """torch compiles torchao's product of one such row on a CPU to garbage (2.11, 2.13)."""
+    model = load(base, FP32, quantizer=Int8DynActInt8WeightQuantizer())
+    settings = {"max_new_tokens": 12}
+    expected = generate_batch(model, [[1, 5, 77]], **settings)
+    pack_linears(model)
+    assert can_compile(model)
+    assert generate_batch(model, [[1, 5, 77]], compile=True, **settings) == expected
+
+
+def test_a_cpu_compiles_no_packed_linears(base):
+    model = load(base, FP32)
+    expected = generate_batch(model, [[1, 5, 77]], max_new_tokens=12)
+    pack_linears(model)
+    assert not can_compile(model)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = generate_batch(model, [[1, 5, 77]], max_new_tokens=12, compile=True)
+    assert found == expected
 
 
 @pytest.mark.parametrize("groupsize", [100, 0, -32])
@@ -171,7 +228,7 @@ def test_groups_that_divide_no_row_are_told_and_one_that_does(base, groupsize):
     check_quantizer(Int8DynActInt4WeightQuantizer(32), model, CPU, BF16)
 
 
-@pytest.mark.parametrize("name", sorted(ON_CPU.keys() - {"int8"}))
+@pytest.mark.parametrize("name", sorted(ON_CPU.keys() - {"int8", "int8 dynamic"}))
 def test_packing_leaves_other_quantized_linears_alone(base, name):
     model = load(base, quantizer=ON_CPU[name][0])
     expected = logits(model, some_tokens(512))
