@@ -13,7 +13,11 @@ from itertools import product
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
 
 from mytune.generation.packing import packed_linear
 from tests.benchmarks.common import THREADS, Row, median_ratio
@@ -22,7 +26,16 @@ TITLE = "Linears"
 SHAPES = ((1024, 512), (512, 1536), (4096, 4096), (128_256, 256))
 ROWS = (1, 8, 64, 512)
 WEIGHTS = 2**25  # of a shape, in all
-KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+KINDS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.bfloat16,
+    "int8, inputs too": torch.bfloat16,
+}
+CONFIGS = {
+    "int8": Int8WeightOnlyConfig(),
+    "int8, inputs too": Int8DynamicActivationInt8WeightConfig(),
+}
 
 
 def measure(quick: bool) -> list[Row]:
@@ -39,8 +52,8 @@ def measure_shape(kind: str, out: int, width: int, quick: bool) -> Iterator[Row]
     plain = nn.Sequential(
         *(nn.Linear(width, out, bias=False, dtype=torch.bfloat16) for _ in range(count))
     )
-    if kind == "int8":
-        quantize_(plain, Int8WeightOnlyConfig())
+    if kind in CONFIGS:
+        quantize_(plain, CONFIGS[kind])
     else:
         plain.to(KINDS[kind])
     packed = [packed_linear(linear.weight, 1) or linear for linear in plain]

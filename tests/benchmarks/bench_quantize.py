@@ -2,7 +2,9 @@
 `tune run generate` loads them: bytes of weights, perplexity of ids that the unquantized model drew
 itself (a random model knows no text), and greedy decoding of 64 ids after a prompt of 64, batch 1.
 All are loaded at once, laid out as `tune run generate` does it, and take turns, one text each.
-Times are CPU seconds where there is one thread. What cannot run here is left out.
+`compiled` is how many times as fast as unquantized with `compile=true`, which compiles no
+unquantized linears on a CPU. Times are CPU seconds where there is one thread. What cannot run here
+is left out.
 """
 
 from __future__ import annotations
@@ -49,22 +51,27 @@ def measure_model(shape: str, folder: Path, turns: int) -> list[Row]:
     facts = {name: (size(model), perplexity(model, text)) for name, model in models.items()}
     for model in models.values():
         pack_linears(model)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    ways = [(name, compile) for name in models for compile in (False, True)]
+    ways.remove(("none", True))  # it is not compiled
+    seconds: dict[tuple[str, bool], list[float]] = {way: [] for way in ways}
     for turn in range(1 + turns):  # the first one warms up
-        for name, model in models.items():
+        for name, compile in ways:
             started = time.process_time() if THREADS == 1 else time.perf_counter()
-            list(generate(model, text[0, :PROMPT].tolist(), max_new_tokens=NEW))
+            prompt = text[0, :PROMPT].tolist()
+            list(generate(models[name], prompt, max_new_tokens=NEW, compile=compile))
             ended = time.process_time() if THREADS == 1 else time.perf_counter()
             if turn:
-                seconds[name].append(ended - started)
+                seconds[name, compile].append(ended - started)
+    base = seconds["none", False]
     return [
         {
             "model": shape,
             "quantizer": name,
             "MB": facts[name][0] / 1e6,
             "perplexity": facts[name][1],
-            "tokens/s": NEW / statistics.median(seconds[name]),
-            "x times as fast as unquantized": median_ratio(seconds[name], seconds["none"]),
+            "tokens/s": NEW / statistics.median(seconds[name, False]),
+            "x times as fast as unquantized": median_ratio(seconds[name, False], base),
+            "compiled": median_ratio(seconds[name, True], base) if name != "none" else None,
         }
         for name in models
     ]
