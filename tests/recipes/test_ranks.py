@@ -159,6 +159,18 @@ def test_r1_two_ranks_stopped_and_resumed_equal_two_never_stopped(
             assert torch.equal(tensor, theirs[name]), (file.name, name)
 
 
+@pytest.mark.parametrize("held", [SHARDED, "data_parallel_shard_dim=1"], ids=["sharded", "whole"])
+def test_r7_a_signal_to_one_rank_ends_the_validation_of_all(config, tmp_path, held):
+    config |= {"dataset_val": config["dataset"], "run_val_every_n_steps": 2}
+    config |= {"max_steps_per_epoch": 4, "batch_size_val": 2}
+    expected = run_ranks({**config, "output_dir": config["output_dir"] + "_all"}, tmp_path, held)
+    stopping = [held, "loss._component_=tests.recipes.ranks.StoppingLoss"]
+    stopped = run_ranks(config, tmp_path, *stopping, code=75)
+    assert [line["step"] for line in stopped] == [1, 2] and "val_loss" not in stopped[-1]
+    resumed = run_ranks(config, tmp_path, held, "resume_from_checkpoint=True")
+    assert curve(resumed) == curve(expected)
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(run, config, tmp_path, before, after):
     config |= {"max_steps_per_epoch": 3, "enable_async_checkpointing": True, "batch_size": 8}
