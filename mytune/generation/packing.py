@@ -47,7 +47,8 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
 
     Weights are laid out one by one; on a CPU a tied head keeps its weight beside the other one.
     Linears with adapters stay as they are, and so do quantized ones whose layout no kernel here
-    reads. Does nothing where neither torch nor Triton has something faster.
+    reads. Does nothing where neither torch nor Triton has something faster. On a CPU torch.compile
+    fails on a whole model with packed linears: see `can_compile`.
 
     Args:
         batch_size: rows that will be usual.

@@ -36,6 +36,7 @@ CPU, BF16 = torch.device("cpu"), torch.bfloat16
 def measure(quick: bool) -> list[Row]:
     """Return a row per model and quantizer."""
     torch.set_num_threads(THREADS)
+    torch._dynamo.config.recompile_limit = 64  # for each kind of weights
     found: list[Row] = []
     for shape in ["deep"] if quick else ["deep", "wide"]:
         with tempfile.TemporaryDirectory() as folder:
