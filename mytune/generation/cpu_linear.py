@@ -20,7 +20,7 @@ class PackedLinear(nn.Module):
     """A linear without bias, for inference on a CPU with AVX-512, reordered by oneDNN.
 
     The operators are those that torch.compile's freezing puts in the place of linears. Decoding,
-    which is all reading weights, was 1.2 to 1.7 times as fast with them, and prefill no slower. On
+    which is all reading weights, was 1 to 1.7 times as fast with them, prefill 0.8 to 1.1 times. On
     a CPU without AVX-512 it was slower.
 
     Args:
@@ -43,8 +43,9 @@ class HalfLinear(nn.Module):
 
     Products are computed in float32, and read half of what a float32 weight takes. On a CPU without
     AVX-512 they were 1.2 to 3.5 times as fast as float32's with 1 row, 1.7 to 3.2 times with 8, and
-    as fast with 512; as bfloat16's 0.9 to 1.9 times with 1 row, 3 to 8 times with more: "Linears"
-    in docs/performance.md.
+    as fast with 512; as bfloat16's 0.9 to 1.9 times with 1 row, 3 to 8 times with more. On one with
+    AVX-512 1.1 to 1.8 times as fast as float32's with 1 row, 1.7 to 3.6 with 8, 0.6 to 1.1 with
+    more: "Linears" in docs/performance.md.
 
     Args:
         weight: [out, in], one that `fits_half`.
@@ -116,20 +117,11 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-class DynamicInt8Linear(nn.Module):
+class DynamicInt8Linear(Int8Linear):
     """A linear with torchao's 8-bit weight whose inputs are rounded to 8 bits, too, on a CPU.
 
     The numbers are torchao's, which takes a dozen operators more for each product.
-
-    Args:
-        weight: 8-bit numbers [out, in].
-        scale: what each row of them is multiplied with, [out].
     """
-
-    def __init__(self, weight: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
