@@ -116,7 +116,10 @@ def main(cfg: Config) -> int:
         model = instantiate(cfg.model)
     length = min(cfg.max_seq_len, model.config.max_seq_len)
     turns = begin(cfg.system)
-    check_prompt(tokenize([*turns, Message("user", "Hello")], tokenizer), model.config)
+    shortest = tokenize([*turns, Message("user", "Hello")], tokenizer)
+    check_prompt(shortest, model.config)
+    if len(shortest) >= length:
+        raise ConfigError(f"max_seq_len is {length}; a first message has {len(shortest)} tokens")
 
     model = load_for_inference(model, checkpointer, device, dtype)
     pack_linears(model)
@@ -189,6 +192,8 @@ def talk(turns: list[Message], speaker: Speaker) -> None:
             case ["/system", text]:
                 if fits([*begin(text), Message("user", "Hello")], speaker):
                     turns[:] = begin(text)
+            case ["/quit" | "/help" | "/reset" as word, _]:
+                say(f"{word} takes nothing after it")
             case [word, *_] if word.startswith("/"):
                 say(f"{word} is not known; /help lists what is")
             case _:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mytune.config import Component, config_yaml, instantiate
+from mytune.config import Component, check_may_run, config_yaml, instantiate
 from mytune.errors import ConfigError
 from mytune.evaluation import (
     check_batch_size,
@@ -35,7 +35,7 @@ from mytune.evaluation import (
 )
 from mytune.generation import pack_linears
 from mytune.modules import Decoder, adapter_state
-from mytune.tokenizers import ModelTokenizer
+from mytune.tokenizers import ModelTokenizer, check_vocabulary
 from mytune.training import (
     get_device,
     get_dtype,
@@ -122,11 +122,13 @@ def main(cfg: Config) -> None:
         checkpointer = instantiate(cfg.checkpointer)
         base = base_checkpointer(cfg)
         log.info("Running evaluation on the following tasks: %s", list(cfg.tasks))
+        check_may_run(cfg.tasks, cfg.include_path)
         tasks = load_tasks(cfg.tasks, cfg.include_path, cfg.num_fewshot)
         earlier = read_results(cfg.compare, tasks["tasks"]) if cfg.compare and not base else None
 
         with torch.device("meta"):
             model = instantiate(cfg.model)
+        check_vocabulary(tokenizer, model.config.vocab_size)
         positions = model.config.max_seq_len
         if (cfg.max_seq_length or 0) > positions:
             log.warning("max_seq_length: the model has but %d positions", positions)

@@ -21,7 +21,14 @@ from typing import Any
 
 import torch
 
-from mytune.config import Component, Components, component, config_yaml, instantiate
+from mytune.config import (
+    Component,
+    Components,
+    check_may_run,
+    component,
+    config_yaml,
+    instantiate,
+)
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
 from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
 from mytune.evaluation import check_tasks, evaluate_scores, load_tasks, refuse_generation
@@ -32,7 +39,7 @@ from mytune.modules import (
     adapter_state,
     target_index,
 )
-from mytune.tokenizers import ModelTokenizer
+from mytune.tokenizers import ModelTokenizer, check_vocabulary
 from mytune.training import (
     MemoryPlan,
     MetricLoggers,
@@ -256,6 +263,7 @@ def main(cfg: Config) -> None:
         tokenizer = instantiate(cfg.tokenizer)
         loader = make_loader(cfg, instantiate(cfg.dataset, tokenizer), tokenizer, seed)
         val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
+        check_may_run(cfg.eval_tasks or (), cfg.eval_include_path)
         tasks = load_tasks(cfg.eval_tasks, cfg.eval_include_path) if cfg.eval_tasks else None
         run = identity(cfg, loader, tokenizer, seed)
         check_same_run(resumed, run)
@@ -591,11 +599,7 @@ def build_model(
         model = instantiate(cfg.model)
     total, trained = count_parameters(model)
     log.info("model: %s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model only "
-            f"{model.config.vocab_size}: tokenizer.path or model is of another family"
-        )
+    check_vocabulary(tokenizer, model.config.vocab_size)
     check_room(cfg, checkpointer, model, dtype)
     return model
 

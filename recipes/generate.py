@@ -189,12 +189,14 @@ def tokenize_prompt(prompt: Any, tokenizer: ModelTokenizer) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_bos=True, add_eos=False)
     roles = ("system", "user")
-    if not isinstance(prompt, Mapping) or set(prompt) - set(roles) or not prompt.get("user"):
+    texts = prompt if isinstance(prompt, Mapping) else {"user": None}
+    known = set(texts) <= set(roles) and texts.get("user")
+    if not known or not all(isinstance(text or "", str) for text in texts.values()):
         raise ConfigError(
-            f"prompt is {prompt!r}; it must be a text, or a mapping with user and perhaps system; "
-            "what YAML takes for something else than a text needs quotes: prompt='\"Q: why?\"'"
+            f"prompt is {prompt!r}; it must be a text, or a mapping with user and perhaps system, "
+            "which are texts; what YAML takes for something else needs quotes: prompt='\"5\"'"
         )
-    messages = [Message(role, str(prompt[role])) for role in roles if prompt.get(role)]
+    messages = [Message(role, texts[role]) for role in roles if texts.get(role)]
     return tokenizer.tokenize_messages(messages, add_generation_prompt=True)[0]
 
 
@@ -262,7 +264,7 @@ def check_row(row: dict[str, Any]) -> None:
     if taken := sorted(row.keys() & {"completion", "ended", "sample", "tokens", "logprobs"}):
         raise DataError(f"{', '.join(taken)}: the answer would replace it; rename it")
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise DataError(f"it cannot be written as JSON: {error}") from None
 
@@ -322,7 +324,8 @@ def stream(tokens: Iterator[int], text: TextStream) -> tuple[int, bool]:
                 break
     except KeyboardInterrupt:
         interrupted = True
-    print(text.flush(), flush=True)
+    finally:  # an error is told on a line of its own
+        print(text.flush(), flush=True)
     return count, interrupted
 
 

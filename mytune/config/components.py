@@ -71,6 +71,28 @@ def refusal(name: str) -> str | None:
     )
 
 
+def check_may_run(tasks: Sequence[str], include_path: str | None = None) -> None:
+    """Refuse tasks of an evaluation in a folder that a config alone names: they can run code.
+
+    Args:
+        tasks: names, and paths of YAML files.
+        include_path: a folder of such files.
+
+    Raises:
+        ConfigError: it is not below the current directory, nor does the command line name it.
+    """
+    folders = [Path(name).parent for name in tasks if name.endswith(".yaml")]
+    folders += [] if include_path is None else [Path(include_path)]
+    ours = Path(__file__).parents[1]
+    trusted = [p.expanduser().resolve() for p in (Path.cwd(), ours, *map(Path, _allowed_by_user))]
+    for folder in folders:
+        if not any(folder.expanduser().resolve().is_relative_to(each) for each in trusted):
+            raise ConfigError(
+                f"tasks in {folder} could run code, and are neither below the current directory "
+                f"nor named on the command line: --allow-component {folder} lets them"
+            )
+
+
 def _full_names(short: str) -> list[str]:
     """Return what components of mytune's with a name, or with it in theirs, are called in full."""
     shown = [
@@ -172,7 +194,10 @@ def _not_importable(name: str, error: Exception) -> ResourceError:
 def _nearest(owner: Any, attribute: str) -> str:
     known = {*getattr(owner, "__all__", dir(owner))}
     known |= {each.name for each in pkgutil.iter_modules(getattr(owner, "__path__", []))}
-    return did_you_mean(attribute, [each for each in known if each[0] != "_"])
+    near = did_you_mean(attribute, [each for each in known if each[0] != "_"])
+    home = f"{getattr(owner, '__name__', '')}."
+    ours = sorted(each for each in known if home in _OUR_PACKAGES and _is_ours(home + each))
+    return near or (f"; there are {', '.join(ours)}" if 0 < len(ours) < 10 else "")
 
 
 def _foreign(found: Any) -> str | None:

@@ -6,7 +6,7 @@ import copy
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -120,7 +120,7 @@ def read_config(
 ) -> LoadedConfig:
     """Like `load_config`, but leaves the problems in the result; `check_components` has more."""
     schema = read_schema(recipe_file)
-    allow(allow_components)
+    allow([*allow_components, *_folders_of_tasks(overrides)])
     tree = Tree(schema, {f.name: copy.deepcopy(f.default) for f in schema.fields if not f.required})
     name = _shown(config_file or recipe_file)
     if config_file is not None:
@@ -136,6 +136,15 @@ def read_config(
 
 def _shown(file: Path) -> str:
     return os.path.relpath(file) if file.resolve().is_relative_to(Path.cwd()) else str(file)
+
+
+def _folders_of_tasks(overrides: Sequence[str]) -> Iterator[str]:
+    """Yield the folders of tasks, which may run code, that the command line itself names."""
+    for key, _, value in (text.partition("=") for text in overrides):
+        if key.endswith("include_path"):
+            yield value
+        elif key.endswith("tasks"):
+            yield from (str(Path(f).parent) for f in re.findall(r"[^][,'\"\s]+\.yaml", value))
 
 
 def _read_file(tree: Tree, file: Path, name: str) -> None:

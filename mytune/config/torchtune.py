@@ -56,13 +56,20 @@ RETIRED = {
     "early_exit_loss": Retired((None,), "there is no early exit"),
     "layer_dropout": Retired((None,), "there is no layer dropout"),
     "enable_kv_cache": Retired(None, "it changes speed, never a result"),
+    "resume_from_checkpoint": Retired((False, None), "this recipe begins anew"),
+    "apply_chat_template": Retired((False, None), "chat_template says it"),
     "instruct_template": Retired((None,), "prompt.user and the tokenizer's prompt_template say it"),
     "chat_format": Retired((None,), "prompt.user and the tokenizer's prompt_template say it"),
 }
 
 
 def our_name(name: str) -> str:
-    """Return what `name`, torchtune's or ours, is called here."""
+    """Return what `name`, torchtune's or ours, is called here.
+
+    So is torchtune's with `mytune` in the place of `torchtune`.
+    """
+    if name.startswith("mytune."):
+        name = f"torchtune.{name.removeprefix('mytune.')}"
     if name in NAMES:
         return NAMES[name]
     prefix = max((p for p in NAMES if p.endswith(".") and name.startswith(p)), key=len, default="")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mytune.errors import NumericalError
 from mytune.evaluation.batches import cut, run_batches
 from mytune.evaluation.trees import TREE, Tree, plant, stack
 from mytune.modules.decoder import Decoder
@@ -44,6 +46,9 @@ def score(
         requests: contexts of at least one token; continuations may be empty.
         batch_size: trees (see `mytune.evaluation.trees`) at once, or "auto".
         stop: see `run_batches`.
+
+    Raises:
+        NumericalError: a log-likelihood is not finite.
     """
     asked = [request for request in requests if request.continuation]
     trees = plant([request.read for request in asked], TREE)
@@ -53,6 +58,10 @@ def score(
         return _score_trees(model, batch, asked)
 
     scores = run_batches(batches, work, "log-likelihoods", model, stop=stop)
+    if not all(math.isfinite(log_likelihood) for log_likelihood, _ in scores.values()):
+        raise NumericalError(
+            "log-likelihoods are not finite: the weights are damaged, or too large for dtype"
+        )
     found = (scores[i] for i in range(len(asked)))
     return [next(found) if request.continuation else (0.0, True) for request in requests]
 

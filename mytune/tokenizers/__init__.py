@@ -1,6 +1,6 @@
 """Text and conversations to token ids, and back; prompt templates."""
 
-from mytune.tokenizers.base import ModelTokenizer, StreamDecoder
+from mytune.tokenizers.base import ModelTokenizer, StreamDecoder, check_vocabulary
 from mytune.tokenizers.llama3 import Llama3Tokenizer, llama3_tokenizer
 from mytune.tokenizers.messages import Message, Role, validate_messages
 from mytune.tokenizers.templates import (
@@ -22,6 +22,7 @@ __all__ = [
     "Role",
     "StreamDecoder",
     "SummarizeTemplate",
+    "check_vocabulary",
     "llama3_tokenizer",
     "validate_messages",
 ]

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from mytune.errors import ConfigError
 from mytune.tokenizers.messages import Message
 
 
@@ -26,6 +27,15 @@ class StreamDecoder:
     def flush(self) -> str:
         """Return what was held back, with U+FFFD for a character that was never finished."""
         return self._utf8.decode(b"", final=True)
+
+
+def check_vocabulary(tokenizer: ModelTokenizer, vocab_size: int) -> None:
+    """Raise ConfigError for a tokenizer that has ids which a model has not."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model only {vocab_size}: "
+            "tokenizer.path or model is of another family"
+        )
 
 
 class ModelTokenizer(Protocol):

@@ -122,6 +122,10 @@ def test_torchtunes_names_become_ours_with_one_notice_each(load: Load) -> None:
         ("torch.nn.CrossEntropyLoss", "mytune.modules.loss.LinearCrossEntropyLoss"),
         ("torch.nn.CrossEntropyLossy", "torch.nn.CrossEntropyLossy"),
         ("torchtunes.x", "torchtunes.x"),
+        # A name in which only the package was changed.
+        ("mytune.training.quantization.X", "mytune.quantization.X"),
+        ("mytune.data.ChatMLTemplate", "mytune.datasets.ChatMLTemplate"),
+        ("mytune.quantization.X", "mytune.quantization.X"),
         ("mytune.models.llama3.llama3_8b", "mytune.models.llama3.llama3_8b"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
 
 from mytune.assets import ASSETS
 from mytune.cli.main import main
@@ -262,6 +264,14 @@ def test_the_tutorial_config_can_be_copied_and_edited(tmp_path, monkeypatch):
         (["output_dir=/proc/none"], 5, "output_dir: cannot write in /proc/none"),
         (["tasks=[truthfulqa_mc2]"], 5, "task truthfulqa_mc2: its data cannot be downloaded"),
         (["tasks=[writing]", "max_seq_length=20"], 2, "task writing generates up to 24 tokens"),
+        (
+            [
+                "model={_component_: mytune.models.llama3.llama3, vocab_size: 300, num_layers: 1, "
+                "num_heads: 1, num_kv_heads: 1, embed_dim: 8, max_seq_len: 99}"
+            ],
+            2,
+            "the tokenizer has .* ids and the model only 300",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(tune, overrides, code, message):
@@ -269,6 +279,44 @@ def test_what_is_wrong_is_one_line(tune, overrides, code, message):
     assert re.search(message, err)
     assert out == ""
     assert "weights" not in err
+
+
+def test_tasks_run_no_code_of_a_folder_that_a_config_alone_names(
+    tune, tasks_folder, tmp_path, monkeypatch, capfd
+):
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    task = yaml.safe_load((tasks_folder / "choice.yaml").read_text())
+    text = yaml.safe_dump({**task, "task": "evil"}) + "process_docs: !function code.run\n"
+    (folder / "evil.yaml").write_text(text)
+    (folder / "code.py").write_text("import pathlib\npathlib.Path('ran').touch()\nrun = list\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = Path("config.yaml")
+    assert main(["cp", "eleuther_evaluation", str(config)]) == 0
+    settings = yaml.safe_load(config.read_text())
+    for tasks in (
+        {"include_path": str(folder), "tasks": ["evil"]},
+        {"tasks": [f"{folder}/evil.yaml"]},
+    ):
+        config.write_text(yaml.safe_dump({**settings, **tasks, "device": "cpu", "dtype": "fp32"}))
+        command = ["run", "eleuther_eval", "--config", str(config), f"tokenizer.path={ASSETS}/tiny"]
+        command.append(f"checkpointer.checkpoint_dir={ASSETS}/tiny")
+        assert main(command) == 2
+        assert f"--allow-component {folder} lets them" in capfd.readouterr().err
+    tune("tasks=[evil]", f"include_path={folder}", code=3)  # run: no `process_docs`
+    assert Path("ran").exists()
+
+
+def test_a_damaged_model_has_no_scores(tune, base, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base, damaged)
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 4] = torch.nan
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    results, out, err = tune(f"checkpointer.checkpoint_dir={damaged}", code=6)
+    assert "log-likelihoods are not finite" in err
+    assert not results and not out
 
 
 OWN = {

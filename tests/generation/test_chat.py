@@ -95,10 +95,11 @@ def test_reset_and_system_begin_anew(chat, answers):
 
 
 def test_commands_are_not_messages(chat):
-    out, err = chat("/help", "/nonsense", "/system")
+    out, err = chat("/help", "/nonsense", "/reset now", "/system")
     assert out == ""
     assert "/reset        forget the conversation" in err
     assert "/nonsense is not known; /help lists what is" in err
+    assert "/reset takes nothing after it" in err
     assert err.splitlines()[-1].startswith("nothing")
 
 
@@ -190,6 +191,7 @@ def test_metas_format_is_known_by_its_files(chat, data_dir):
         (["model", "temprature=0"], 2, "unknown key 'temprature'; did you mean 'temperature'"),
         (["model", "top_k=0", "device=cpu"], 2, "top_k is 0"),
         (["model", "max_seq_len=0", "device=cpu"], 2, "max_seq_len is 0"),
+        (["model", "max_seq_len=5", "device=cpu"], 2, "max_seq_len is 5; a first message has"),
         (["model", "device=xpu"], 5, "device is xpu"),
         ([], 2, "CHECKPOINT_DIR"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,8 @@ def test_a_text_beyond_the_models_positions_is_announced(tune):
         (["prompt.usr=Hi"], "must be a text, or a mapping"),
         (["prompt.user=null"], "must be a text, or a mapping"),
         (["prompt=7"], "must be a text, or a mapping"),
+        (["prompt.user=yes"], "must be a text, or a mapping .* which are texts"),
+        (["prompt.user=Hi", "prompt.system=[x]"], "must be a text, or a mapping"),
         (["prompt=" + "long " * 40], "201 tokens"),
         (["temperature=-1", "top_p=2"], "temperature is -1.*top_p is 2"),
         (["min_p=2", "repetition_penalty=0"], "min_p is 2.*repetition_penalty is 0"),
@@ -264,6 +267,8 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
         {"prompt": "a", "note": "\ud800"},
         {"prompt": "a", "user": "b"},
         {"prompt": "a", "system": "b"},
+        {"prompt": "a", "note": math.nan},
+        {"user": "a", "system": 5},
     )
     with file.open("a") as more:
         more.write("not json\n")
@@ -279,7 +284,9 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
         (8, "cannot be written as JSON"),
         (9, "prompt and user: a row has one of them"),
         (10, "system, which goes with user, and not with prompt"),
-        (11, "not JSON"),
+        (11, "cannot be written as JSON"),
+        (12, "texts"),
+        (13, "not JSON"),
     ]:
         assert re.search(rf"{re.escape(str(file))}:{row}: .*{why}", err)
     assert f"{file}:1:" not in err
