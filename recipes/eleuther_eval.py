@@ -136,7 +136,7 @@ def main(cfg: Config) -> None:
         results = measure(cfg, model, checkpointer, tokenizer, tasks, device, dtype)
         if base:
             write_results(cfg.output_dir, results, config_yaml(cfg))  # what comes may fail
-            log.info("Evaluating %s", cfg.compare)
+            log.info("Results so far are in %s; evaluating %s", cfg.output_dir, cfg.compare)
             with torch.device("meta"):
                 model = Decoder(model.config) if adapter_state(model) else instantiate(cfg.model)
             earlier = measure(cfg, model, base, tokenizer, tasks, device, dtype)

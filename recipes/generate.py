@@ -210,7 +210,8 @@ def read_prompts(
         DataError: rows that cannot be answered, each with its `file:row`.
     """
     if not Path(file).expanduser().is_file():
-        what = "that is a folder" if Path(file).expanduser().is_dir() else "there is no such file"
+        there = Path(file).expanduser().exists()
+        what = "that is no regular file" if there else "there is no such file"
         raise ConfigError(f"prompt_file is {file!r}, and {what}")
     rows, prompts, problems = [], [], []
     for where, row in open_source(file).read():

@@ -187,7 +187,8 @@ def check_output(output_dir: str | Path, compare: str | None) -> None:
     """Refuse a folder that cannot be written, and to replace the results to compare with.
 
     Raises:
-        ConfigError: it is the folder of the results to compare with.
+        ConfigError: it is the folder of the results to compare with, or those are to be read from
+            a folder that has no model.
         ResourceError: it cannot be made or written.
     """
     folder = Path(output_dir).expanduser()
@@ -196,6 +197,10 @@ def check_output(output_dir: str | Path, compare: str | None) -> None:
             f"compare names {folder / JSON}, and the results of this run would take its name: "
             "choose another output_dir"
         )
+    base = Path(compare or ".").expanduser()
+    held = [name for name in ("config.json", "params.json", JSON) if (base / name).is_file()]
+    if compare is not None and held == [JSON]:
+        raise ConfigError(f"compare: {base} holds no model, but results: compare={base / JSON}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

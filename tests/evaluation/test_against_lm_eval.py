@@ -10,7 +10,8 @@ from tests.evaluation.conftest import TASKS, responses, run_lm_eval
 def compare(pair, names, folder, *, ours=None, theirs=None, **settings):
     """Assert equal answers and scores; return the results."""
     left = run_lm_eval(pair.ours(**(ours or {})), names, folder, **settings)
-    right = run_lm_eval(pair.hflm(batch_size=4, **(theirs or {})), names, folder, **settings)
+    theirs = {"batch_size": 4, **(theirs or {})}
+    right = run_lm_eval(pair.hflm(**theirs), names, folder, **settings)
     assert_same(responses(left), responses(right))
     for task, metrics in right["results"].items():
         ours_too = left["results"][task]
@@ -23,13 +24,16 @@ def compare(pair, names, folder, *, ours=None, theirs=None, **settings):
 
 
 def assert_same(left, right):
-    """Compare answers: texts exactly, log-likelihoods to 1e-4."""
+    """Compare answers: texts exactly, log-likelihoods to 1e-4, or two of float32's steps.
+
+    HFLM adds up in float32, whose steps are 6e-5 beyond -512, and 1.2e-4 beyond -1024.
+    """
     assert left.keys() == right.keys()
     for a, b in zip(flat(left), flat(right), strict=True):
         if isinstance(a, tuple):
             (a, greedy), (b, theirs) = a, b
             assert greedy == theirs
-        assert a == (b if isinstance(b, str) else pytest.approx(b, rel=0, abs=1e-4))
+        assert a == (b if isinstance(b, str) else pytest.approx(b, rel=2.0**-22, abs=1e-4))
 
 
 def flat(answers):
@@ -87,5 +91,6 @@ def test_what_is_too_long_loses_its_beginning_and_is_counted(random_pair, tasks_
 
 @pytest.mark.data
 def test_truthfulqa_scores_alike(pair, truthfulqa):
-    names = ["local_truthfulqa_mc1", "local_truthfulqa_mc2"]
-    compare(pair, names, truthfulqa, limit=6)
+    compare(pair, ["local_truthfulqa_mc1"], truthfulqa, limit=6)
+    # Of 817 questions, which take two minutes; `bench_evaluate` asks stories260K all of them.
+    compare(pair, ["local_truthfulqa_mc2"], truthfulqa, theirs={"batch_size": 16}, limit=100)

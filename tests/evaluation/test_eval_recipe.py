@@ -209,6 +209,10 @@ def test_what_is_compared_and_was_measured_otherwise_is_told(tune, tmp_path):
         "max_seq_length was 400 for the base and is None",
         "seed was 3 for the base and is 1234",
     ]
+    (tmp_path / "results").mkdir()
+    earlier.rename(tmp_path / "results" / "evaluation.json")
+    _, _, err = tune("--compare", str(tmp_path / "results"), code=2)
+    assert f"compare={tmp_path / 'results' / 'evaluation.json'}" in err
 
 
 def test_a_base_that_does_not_fit_costs_no_results(tune, base, tmp_path):
@@ -231,17 +235,36 @@ def test_the_embedded_config_runs(tmp_path, capfd, monkeypatch):
     assert Path("outputs/tiny/evaluation/evaluation.md").is_file()
 
 
-def test_the_tutorial_config_can_be_copied_and_edited(tmp_path, monkeypatch):
+def test_the_tutorial_config_can_be_copied_and_edited(
+    base, tasks_folder, tmp_path, monkeypatch, capfd
+):
+    """As in torchtune's tutorial, with its names of components."""
     monkeypatch.chdir(tmp_path)
     assert main(["cp", "eleuther_evaluation", "./custom_eval_config.yaml"]) == 0
-    text = Path("custom_eval_config.yaml").read_text()
-    assert "tasks: [truthfulqa_mc2]" in text
-    edited = text.replace("tasks: [truthfulqa_mc2]", 'tasks: ["truthfulqa_mc1", "truthfulqa_mc2"]')
-    Path("custom_eval_config.yaml").write_text(edited)
-    command = ["run", "eleuther_eval", "--config", "./custom_eval_config.yaml", "device=cpu"]
-    assert (
-        main(command) == 2
-    )  # /tmp/Meta-Llama-3-8B-Instruct is not here, and nothing else is wrong
+    config = yaml.safe_load(Path("custom_eval_config.yaml").read_text())
+    config |= {
+        "model": {"_component_": "mytune.models.auto_model", "checkpoint_dir": str(base)},
+        "checkpointer": {
+            "_component_": "torchtune.training.FullModelHFCheckpointer",
+            "checkpoint_dir": str(base),
+            "checkpoint_files": ["model.safetensors"],
+            "output_dir": str(tmp_path),
+            "model_type": "LLAMA3",
+        },
+        "tokenizer": {
+            "_component_": "torchtune.models.llama3.llama3_tokenizer",
+            "path": str(base / "tokenizer.model"),
+            "max_seq_len": None,
+        },
+        "tasks": ["choice"],
+        "include_path": str(shutil.copytree(tasks_folder, tmp_path / "tasks")),
+        "device": "cpu",
+        "dtype": "fp32",
+        "resume_from_checkpoint": False,
+    }
+    Path("custom_eval_config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["run", "eleuther_eval", "--config", "./custom_eval_config.yaml"]) == 0
+    assert re.search(r"\|choice *\|.*\|acc ", capfd.readouterr().out)
 
 
 @pytest.mark.parametrize(
