@@ -123,11 +123,12 @@ def read_config(
     allow([*allow_components, *_folders_of_tasks(overrides)])
     tree = Tree(schema, {f.name: copy.deepcopy(f.default) for f in schema.fields if not f.required})
     name = _shown(config_file or recipe_file)
-    if config_file is not None:
-        _read_file(tree, config_file, name)
+    read = config_file is None or _read_file(tree, config_file, name)
     apply_overrides(tree, overrides)
     tree.values = {key: _translate(tree, value, (key,)) for key, value in tree.values.items()}
     _check_keys(tree, name)
+    if read:
+        _check_missing(tree, name)
     typed = make_typed(tree)
     resolved = resolve(tree, typed)
     _check_components(tree, resolved)
@@ -147,7 +148,8 @@ def _folders_of_tasks(overrides: Sequence[str]) -> Iterator[str]:
             yield from (str(Path(f).parent) for f in re.findall(r"[^][,'\"\s]+\.yaml", value))
 
 
-def _read_file(tree: Tree, file: Path, name: str) -> None:
+def _read_file(tree: Tree, file: Path, name: str) -> bool:
+    """Put a file's values into the tree; return False if it could not be read as YAML."""
     try:
         document = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -156,6 +158,7 @@ def _read_file(tree: Tree, file: Path, name: str) -> None:
     tree.problems += [f"{name}:{line}: {text}" for line, text in document.problems]
     tree.values = merge(tree.values, document.values)
     tree.places = {path: f"{name}:{line}" for path, line in document.lines.items()}
+    return bool(document.values) or not document.problems
 
 
 def _translate(tree: Tree, node: Any, path: Keys) -> Any:
@@ -176,7 +179,7 @@ def _translate(tree: Tree, node: Any, path: Keys) -> Any:
 
 
 def _check_keys(tree: Tree, name: str) -> None:
-    """Report unknown and missing keys; take retired ones out."""
+    """Report unknown keys; take retired ones out."""
     names = tree.schema.names
     for key in [key for key in tree.values if key not in names]:
         value, where = tree.values.pop(key), tree.where((key,))
@@ -193,6 +196,10 @@ def _check_keys(tree: Tree, name: str) -> None:
         else:
             remedy = f"remove it or write {show(harmless[0])}"
             tree.problem((key,), f"{show(value)} is not supported: {why}; {remedy}")
+
+
+def _check_missing(tree: Tree, name: str) -> None:
+    """Report keys that the recipe needs and the config has not."""
     for field in tree.schema.fields:
         if field.name not in tree.values:
             about = f": {field.comment.splitlines()[0]}" if field.comment else ""

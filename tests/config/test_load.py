@@ -141,6 +141,12 @@ dtype: fp23
     assert len(details) == 12
 
 
+def test_a_file_that_is_no_yaml_lacks_nothing_else(folder: Path) -> None:
+    (folder / "c.yaml").write_text(CONFIG + "\tseed: 1\n")
+    with pytest.raises(ConfigError, match=r"^c.yaml:\d+: not valid YAML: "):
+        load_config(Path("recipe.py"), Path("c.yaml"))
+
+
 def test_one_problem_is_one_line(folder: Path) -> None:
     (folder / "c.yaml").write_text(CONFIG)
     with pytest.raises(ConfigError) as caught:
