@@ -125,7 +125,7 @@ def main(cfg: Config) -> int:
     pack_linears(model)
     if cfg.compile:
         first = "the first tokens take a while"
-        left = "left out: unquantized weights are packed for this CPU, which is faster"
+        left = "left out: on a CPU it is for quantized weights, and not for all of them"
         log.info("compile: %s", first if can_compile(model) else left)
     memory = Memory(model, length, compile=cfg.compile)
     settings = {"max_new_tokens": cfg.max_new_tokens, "generator": generator, **sampling}

@@ -238,6 +238,8 @@ def main(cfg: Config) -> None:
     setup_logging(cfg.log_level, rank())
     check_counts(cfg)
     check_levers(cfg)
+    if cfg.eval_tasks:
+        check_may_run(cfg.eval_tasks, cfg.eval_include_path)
     if cfg.dry_run:
         return dry_run(cfg)
     device = get_device(cfg.device)
@@ -263,7 +265,6 @@ def main(cfg: Config) -> None:
         tokenizer = instantiate(cfg.tokenizer)
         loader = make_loader(cfg, instantiate(cfg.dataset, tokenizer), tokenizer, seed)
         val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
-        check_may_run(cfg.eval_tasks or (), cfg.eval_include_path)
         tasks = load_tasks(cfg.eval_tasks, cfg.eval_include_path) if cfg.eval_tasks else None
         run = identity(cfg, loader, tokenizer, seed)
         check_same_run(resumed, run)

@@ -138,7 +138,7 @@ def main(cfg: Config) -> int:
     pack_linears(model, together)
     if cfg.compile:
         first = "the first tokens take a while"
-        left = "left out: unquantized weights are packed for this CPU, which is faster"
+        left = "left out: on a CPU it is for quantized weights, and not for all of them"
         log.info("compile: %s", first if can_compile(model) else left)
     bytes_read = bytes_per_token(model)
 
@@ -191,7 +191,7 @@ def tokenize_prompt(prompt: Any, tokenizer: ModelTokenizer) -> list[int]:
     roles = ("system", "user")
     texts = prompt if isinstance(prompt, Mapping) else {"user": None}
     known = set(texts) <= set(roles) and texts.get("user")
-    if not known or not all(isinstance(text or "", str) for text in texts.values()):
+    if not known or not all(isinstance(text, str | None) for text in texts.values()):
         raise ConfigError(
             f"prompt is {prompt!r}; it must be a text, or a mapping with user and perhaps system, "
             "which are texts; what YAML takes for something else needs quotes: prompt='\"5\"'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,12 +82,12 @@ def check_may_run(tasks: Sequence[str], include_path: str | None = None) -> None
     Raises:
         ConfigError: it is not below the current directory, nor does the command line name it.
     """
-    folders = [Path(name).parent for name in tasks if name.endswith(".yaml")]
-    folders += [] if include_path is None else [Path(include_path)]
-    ours = Path(__file__).parents[1]
-    trusted = [p.expanduser().resolve() for p in (Path.cwd(), ours, *map(Path, _allowed_by_user))]
+    folders = [os.path.dirname(name) for name in tasks if name.endswith(".yaml")]
+    folders += [] if include_path is None else [include_path]
+    trusted = [".", os.path.dirname(os.path.dirname(__file__)), *_allowed_by_user]
     for folder in folders:
-        if not any(folder.expanduser().resolve().is_relative_to(each) for each in trusted):
+        here = Path(os.path.expanduser(folder)).resolve()
+        if not any(here.is_relative_to(Path(each).resolve()) for each in trusted):
             raise ConfigError(
                 f"tasks in {folder} could run code, and are neither below the current directory "
                 f"nor named on the command line: --allow-component {folder} lets them"

@@ -120,7 +120,7 @@ def read_config(
 ) -> LoadedConfig:
     """Like `load_config`, but leaves the problems in the result; `check_components` has more."""
     schema = read_schema(recipe_file)
-    allow([*allow_components, *_folders_of_tasks(overrides)])
+    allow(allow_components)
     tree = Tree(schema, {f.name: copy.deepcopy(f.default) for f in schema.fields if not f.required})
     name = _shown(config_file or recipe_file)
     read = config_file is None or _read_file(tree, config_file, name)
@@ -131,6 +131,7 @@ def read_config(
         _check_missing(tree, name)
     typed = make_typed(tree)
     resolved = resolve(tree, typed)
+    allow(_folders_of_tasks(tree, resolved))
     _check_components(tree, resolved)
     return LoadedConfig(schema, tree, typed, resolved)
 
@@ -139,13 +140,17 @@ def _shown(file: Path) -> str:
     return os.path.relpath(file) if file.resolve().is_relative_to(Path.cwd()) else str(file)
 
 
-def _folders_of_tasks(overrides: Sequence[str]) -> Iterator[str]:
+def _folders_of_tasks(tree: Tree, resolved: dict[str, Any]) -> Iterator[str]:
     """Yield the folders of tasks, which may run code, that the command line itself names."""
-    for key, _, value in (text.partition("=") for text in overrides):
-        if key.endswith("include_path"):
-            yield value
-        elif key.endswith("tasks"):
-            yield from (str(Path(f).parent) for f in re.findall(r"[^][,'\"\s]+\.yaml", value))
+    for key, value in resolved.items():
+        if not tree.where((key,)).startswith("override "):
+            continue
+        files = value if key.endswith("tasks") and isinstance(value, list) else []
+        found = [os.path.dirname(each) for each in files if str(each).endswith(".yaml")]
+        if key.endswith("include_path") and isinstance(value, str):
+            found.append(value)
+        # Whole paths: no component begins with one.
+        yield from (os.path.abspath(os.path.expanduser(folder)) for folder in found)
 
 
 def _read_file(tree: Tree, file: Path, name: str) -> bool:

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import json
 import logging
+import os
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def load_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of its own defaults
     if not names:
         raise ConfigError("tasks is empty; name at least one, such as truthfulqa_mc2")
-    if include_path is not None and not Path(include_path).expanduser().is_dir():
+    if include_path is not None and not os.path.isdir(os.path.expanduser(include_path)):
         raise ConfigError(f"include_path: there is no directory {include_path}")
     manager = _manager(names, include_path)
     loaded: Tasks = {}
@@ -166,7 +167,7 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
     """Return the index of all tasks, or of the user's alone if that suffices: it takes no time."""
     from lm_eval.tasks import TaskManager
 
-    folder = None if include_path is None else str(Path(include_path).expanduser().resolve())
+    folder = None if include_path is None else os.path.realpath(os.path.expanduser(include_path))
     if folder is not None:
         own = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= {*own.all_subtasks, *own.all_tags}:  # a group may hold others than these

@@ -120,7 +120,8 @@ class Int8Linear(nn.Module):
 class DynamicInt8Linear(Int8Linear):
     """A linear with torchao's 8-bit weight whose inputs are rounded to 8 bits, too, on a CPU.
 
-    The numbers are torchao's, which takes a dozen operators more for each product.
+    The numbers are torchao's but for roundings to bfloat16, of which that has more; it takes a
+    dozen operators more for each product.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     It is torch's, but torch.compile cannot look into it: what that makes of one row has a stride of
     0, which torch (2.11 and 2.13) multiplies wrongly.
     """
-    return torch._int_mm(x.as_strided(x.shape, (x.shape[1], 1)), weight.t())
+    return torch._int_mm(x.contiguous().as_strided(x.shape, (x.shape[1], 1)), weight.t())
 
 
 @int8_product.register_fake
@@ -161,7 +162,7 @@ def cpu_layout(weight: Tensor) -> Layout | None:
 
 def _int8_layout(weight: Tensor) -> Layout | None:
     """Return the linear for a weight that is 8-bit numbers and a scale for each row, or None."""
-    if parts := numbers_and_scale(weight, ("Int8Tensor",), rounds_inputs=True):
+    if parts := numbers_and_scale(weight, ("Int8Tensor",), with_inputs=True):
         return DynamicInt8Linear, parts
     if weight.dtype is not torch.bfloat16 or weight.shape[1] % 64:
         return None  # the kernel reads whole vectors, beyond the end of others

@@ -11,6 +11,7 @@ from mytune.generation.cpu_linear import HalfLinear, PackedLinear, cpu_layout, o
 from mytune.generation.row_linear import Layout, row_layout
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
+from mytune.quantization.tensors import rounds_inputs
 
 
 class Joined(nn.Module):
@@ -105,9 +106,16 @@ def _joinable(weight: Tensor) -> Layout | None:
 
 
 def can_compile(model: Decoder) -> bool:
-    """Say whether torch.compile can look into a model's blocks.
+    """Say whether torch.compile can be used on a model's blocks.
 
-    It cannot look into weights that a CPU's libraries have packed, and has nothing faster.
+    On a CPU it cannot look into packed weights, and has nothing faster; and what it makes of
+    torchao's products with 8-bit inputs is wrong: see `int8_product`.
     """
+    if model.device.type != "cpu":
+        return True
     packed = (HalfLinear, PackedLinear)
-    return not any(isinstance(module, packed) for module in model.layers.modules())
+    return not any(
+        isinstance(module, packed)
+        or (isinstance(module, nn.Linear) and rounds_inputs(module.weight))
+        for module in model.layers.modules()
+    )

@@ -44,7 +44,7 @@ def inner_tensors(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def numbers_and_scale(
-    tensor: Tensor, kinds: Collection[str], rounds_inputs: bool = False
+    tensor: Tensor, kinds: Collection[str], with_inputs: bool = False
 ) -> tuple[Tensor, Tensor] | None:
     """Return the numbers [n, m] and scale [n] that a tensor of one of these kinds is, if all it is.
 
@@ -52,13 +52,12 @@ def numbers_and_scale(
 
     Args:
         kinds: names of torchao's classes.
-        rounds_inputs: those whose inputs are rounded, too: symmetrically, with a scale for each
-            row; and not those whose inputs are left alone.
+        with_inputs: those whose inputs are rounded, too: symmetrically, with a scale for each row;
+            and not those whose inputs are left alone.
     """
     if type(tensor).__name__ not in kinds:
         return None
-    rounding = getattr(tensor, "act_quant_kwargs", None)
-    if rounds_inputs != (rounding is not None) or not _is_by_row(rounding):
+    if with_inputs != rounds_inputs(tensor) or (with_inputs and not _rounds_by_row(tensor)):
         return None
     inner = inner_tensors(tensor)
     zeros = inner.pop("zero_point", None)
@@ -68,9 +67,14 @@ def numbers_and_scale(
     return (numbers, scale) if numbers.ndim == 2 and len(scale) == len(numbers) else None
 
 
-def _is_by_row(rounding: Any) -> bool:
-    """Say whether inputs are rounded as torchao does it by default, or not at all."""
-    return rounding is None or (
+def rounds_inputs(tensor: Tensor) -> bool:
+    """Say whether a product with a tensor of torchao's rounds its inputs to 8 bits, too."""
+    return getattr(tensor, "act_quant_kwargs", None) is not None
+
+
+def _rounds_by_row(tensor: Tensor) -> bool:
+    rounding: Any = getattr(tensor, "act_quant_kwargs", None)
+    return (
         type(rounding.granularity).__name__ == "PerRow"
         and rounding.mapping_type.name == "SYMMETRIC"
         and not rounding.reduce_range

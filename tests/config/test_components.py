@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from mytune.config import component, instantiate
+from mytune.config import check_may_run, component, instantiate, read_config
 from mytune.config.components import allow, find_component, refusal
 from mytune.errors import ConfigError, ResourceError
 from tests.config.conftest import CONFIG, Load
+
+EVALUATION = Path(__file__).parents[2] / "recipes" / "eleuther_eval.py"
 
 
 def test_a_component_is_called_with_its_arguments_and_keywords_win(folder: Path) -> None:
@@ -201,3 +204,44 @@ def test_torchao_says_nothing_of_its_own_when_it_is_imported() -> None:
     loud = {k: v for k, v in os.environ.items() if k != "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"}
     done = subprocess.run([sys.executable, "-c", code], env=loud, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def may_run(*overrides: str, allowed: tuple[str, ...] = (), **own: Any) -> bool:
+    """Say whether an evaluation runs the tasks of a config with these overrides."""
+    config = Path("evaluation.yaml")
+    config.write_text(yaml.safe_dump(own))
+    values = read_config(EVALUATION, config, overrides, allow_components=allowed).resolved
+    try:
+        check_may_run(values["tasks"], values["include_path"])
+    except ConfigError:
+        return False
+    return True
+
+
+def test_tasks_that_a_config_alone_names_lie_below_the_current_directory(folder: Path) -> None:
+    assert may_run(include_path="own", tasks=["dates", "own/more/x.yaml"])
+    assert may_run(include_path="${asset:tasks}")
+    for path in ("/elsewhere", "..", "~nobody/x", "own/../.."):
+        assert not may_run(include_path=path)
+        assert not may_run(tasks=[f"{path}/x.yaml"])
+    assert may_run(include_path="/elsewhere/x", allowed=("/elsewhere",))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "include_path=/elsewhere",
+        'include_path="/elsewhere"',
+        "include_path=${output_dir}",
+        'tasks=["/elsewhere/a b/x.yaml",dates]',
+        "include_path=../elsewhere",
+    ],
+)
+def test_tasks_that_the_command_line_names_run(folder: Path, override: str) -> None:
+    assert not may_run(output_dir="/elsewhere", include_path="/elsewhere")
+    assert may_run(override, output_dir="/elsewhere")
+
+
+def test_a_folder_of_tasks_lets_no_package_in(folder: Path) -> None:
+    assert may_run("include_path=shutil")
+    assert refusal("shutil.rmtree")

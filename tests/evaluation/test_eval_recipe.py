@@ -327,6 +327,19 @@ def test_tasks_run_no_code_of_a_folder_that_a_config_alone_names(
         command.append(f"checkpointer.checkpoint_dir={ASSETS}/tiny")
         assert main(command) == 2
         assert f"--allow-component {folder} lets them" in capfd.readouterr().err
+        assert not Path("ran").exists()
+    trained = ["run", "lora_finetune_single_device", "--config", "tiny/lora_single_device"]
+    config = yaml.safe_load(
+        (ASSETS.parents[1] / "configs/tiny/lora_single_device.yaml").read_text()
+    )
+    config |= {"eval_include_path": str(folder), "dataset_val": None, "max_steps_per_epoch": 1}
+    Path("lora.yaml").write_text(yaml.safe_dump({**config, "eval_tasks": ["evil"]}))
+    trained[3:] = ["lora.yaml"]
+    assert main(trained) == 2
+    assert f"--allow-component {folder} lets them" in capfd.readouterr().err
+    Path("lora.yaml").write_text(yaml.safe_dump(config))
+    assert main(trained) == 0  # nothing is evaluated
+    assert not Path("ran").exists()
     tune("tasks=[evil]", f"include_path={folder}", code=3)  # run: no `process_docs`
     assert Path("ran").exists()
 

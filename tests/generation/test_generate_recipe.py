@@ -163,6 +163,7 @@ def test_a_text_beyond_the_models_positions_is_announced(tune):
         (["prompt=7"], "must be a text, or a mapping"),
         (["prompt.user=yes"], "must be a text, or a mapping .* which are texts"),
         (["prompt.user=Hi", "prompt.system=[x]"], "must be a text, or a mapping"),
+        (["prompt.user=Hi", "prompt.system=no"], "must be a text, or a mapping"),
         (["prompt=" + "long " * 40], "201 tokens"),
         (["temperature=-1", "top_p=2"], "temperature is -1.*top_p is 2"),
         (["min_p=2", "repetition_penalty=0"], "min_p is 2.*repetition_penalty is 0"),

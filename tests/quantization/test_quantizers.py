@@ -172,7 +172,7 @@ def test_rounded_inputs_are_torchaos():
     model = nn.Sequential(nn.Linear(96, 40, bias=False))
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     x = torch.cat([torch.zeros(1, 96), torch.eye(96)[:1] * 3, torch.randn(5, 96) * 1e3])
-    for rows in (x, x[1:2], x[:, None]):
+    for rows in (x, x[1:2], x[:, None], x.T.contiguous().T):
         found = packed_linear(model[0].weight, 1)(rows)
         torch.testing.assert_close(found, model(rows), rtol=1e-6, atol=0)
 
@@ -198,6 +198,14 @@ def test_inputs_that_are_rounded_otherwise_are_left_to_torchao(config):
     model = nn.Sequential(nn.Linear(64, 64, bias=False)).to(BF16)
     quantize_(model, config)
     assert packed_linear(model[0].weight, 1) is None
+
+
+def test_what_torch_compiles_wrongly_is_not_compiled(base):
+    model = load(base, quantizer=Int8DynActInt8WeightQuantizer())
+    assert not can_compile(model)
+    settings = {"max_new_tokens": 12}
+    expected = generate_batch(model, [[1, 5, 77]], **settings)
+    assert generate_batch(model, [[1, 5, 77]], compile=True, **settings) == expected
 
 
 def test_a_compiled_step_with_rounded_inputs_says_the_same(base):
