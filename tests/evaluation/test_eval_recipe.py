@@ -328,13 +328,11 @@ def test_tasks_run_no_code_of_a_folder_that_a_config_alone_names(
         assert main(command) == 2
         assert f"--allow-component {folder} lets them" in capfd.readouterr().err
         assert not Path("ran").exists()
-    trained = ["run", "lora_finetune_single_device", "--config", "tiny/lora_single_device"]
-    config = yaml.safe_load(
-        (ASSETS.parents[1] / "configs/tiny/lora_single_device.yaml").read_text()
-    )
+    trained = ["run", "lora_finetune_single_device", "--config", "lora.yaml"]
+    assert main(["cp", "tiny/lora_single_device", "lora.yaml"]) == 0
+    config = yaml.safe_load(Path("lora.yaml").read_text())
     config |= {"eval_include_path": str(folder), "dataset_val": None, "max_steps_per_epoch": 1}
     Path("lora.yaml").write_text(yaml.safe_dump({**config, "eval_tasks": ["evil"]}))
-    trained[3:] = ["lora.yaml"]
     assert main(trained) == 2
     assert f"--allow-component {folder} lets them" in capfd.readouterr().err
     Path("lora.yaml").write_text(yaml.safe_dump(config))
