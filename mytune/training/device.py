@@ -89,8 +89,8 @@ def get_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name in ("fp16", "float16", "half"):
         raise ConfigError(
-            f"dtype is {name}: gradients overflow float16's range of 65504 without loss scaling, "
-            "which is not supported; use dtype=bf16 (same size) or dtype=fp32"
+            f"dtype is {name}, which is not supported: numbers overflow its range of 65504; use "
+            "dtype=bf16 (same size) or dtype=fp32"
         )
     if name not in _DTYPES:
         raise ConfigError(f"dtype is {name!r}{did_you_mean(name, _DTYPES)}; it can be bf16 or fp32")

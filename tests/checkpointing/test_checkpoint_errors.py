@@ -58,6 +58,15 @@ def test_a_tied_model_whose_head_differs_is_refused(hf_dir: Path) -> None:
         FullModelHFCheckpointer(str(hf_dir)).weights(replace(tiny.SIZES, tie_word_embeddings=True))
 
 
+def test_an_adapter_in_the_place_of_a_model_is_told(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        FullModelHFCheckpointer(str(tmp_path))
+    assert caught.value.details == [
+        f"{tmp_path} is an adapter: its base is checkpoint_dir, it is adapter_checkpoint"
+    ]
+
+
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b", ""])
 def test_an_index_cannot_name_files_elsewhere(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret.safetensors").touch()

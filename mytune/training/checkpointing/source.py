@@ -117,6 +117,8 @@ def _published(fmt: Format, names: Sequence[str], directories: Sequence[Path]) -
 
 def _hints(directory: Path) -> list[str]:
     """Say which checkpoints a directory and those below it do hold."""
+    if (directory / "adapter_config.json").is_file():
+        return [f"{directory} is an adapter: its base is checkpoint_dir, it is adapter_checkpoint"]
     below = sorted(path for path in directory.iterdir() if path.is_dir())
     return [
         f"{where} holds {names[0]}: use {fmt.checkpointer} with checkpoint_dir={where}"
