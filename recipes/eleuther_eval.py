@@ -122,7 +122,6 @@ def main(cfg: Config) -> None:
         checkpointer = instantiate(cfg.checkpointer)
         base = base_checkpointer(cfg)
         log.info("Running evaluation on the following tasks: %s", list(cfg.tasks))
-        check_may_run(cfg.tasks, cfg.include_path)
         tasks = load_tasks(cfg.tasks, cfg.include_path, cfg.num_fewshot)
         earlier = read_results(cfg.compare, tasks["tasks"]) if cfg.compare and not base else None
 
@@ -148,6 +147,7 @@ def check(cfg: Config) -> None:
     check_lm_eval()
     check_batch_size(cfg.batch_size)
     check_output(cfg.output_dir, cfg.compare)
+    check_may_run(cfg.tasks, cfg.include_path)
     for key in ("limit", "max_seq_length"):
         if (value := getattr(cfg, key)) is not None and not value > 0:
             raise ConfigError(f"{key} is {value}; it must be above 0, or null")

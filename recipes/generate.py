@@ -189,9 +189,9 @@ def tokenize_prompt(prompt: Any, tokenizer: ModelTokenizer) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_bos=True, add_eos=False)
     roles = ("system", "user")
-    texts = prompt if isinstance(prompt, Mapping) else {"user": None}
-    known = set(texts) <= set(roles) and texts.get("user")
-    if not known or not all(isinstance(text, str | None) for text in texts.values()):
+    texts = prompt if isinstance(prompt, Mapping) else {}
+    are_texts = all(isinstance(text, str | None) for text in texts.values())
+    if set(texts) - set(roles) or not texts.get("user") or not are_texts:
         raise ConfigError(
             f"prompt is {prompt!r}; it must be a text, or a mapping with user and perhaps system, "
             "which are texts; what YAML takes for something else needs quotes: prompt='\"5\"'"

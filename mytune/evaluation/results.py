@@ -192,15 +192,16 @@ def check_output(output_dir: str | Path, compare: str | None) -> None:
         ResourceError: it cannot be made or written.
     """
     folder = Path(output_dir).expanduser()
-    if compare is not None and Path(compare).expanduser().resolve() == (folder / JSON).resolve():
-        raise ConfigError(
-            f"compare names {folder / JSON}, and the results of this run would take its name: "
-            "choose another output_dir"
-        )
-    base = Path(compare or ".").expanduser()
-    held = [name for name in ("config.json", "params.json", JSON) if (base / name).is_file()]
-    if compare is not None and held == [JSON]:
-        raise ConfigError(f"compare: {base} holds no model, but results: compare={base / JSON}")
+    if compare is not None:
+        base = Path(compare).expanduser()
+        if base.resolve() == (folder / JSON).resolve():
+            raise ConfigError(
+                f"compare names {folder / JSON}, and the results of this run would take its name: "
+                "choose another output_dir"
+            )
+        held = [name for name in ("config.json", "params.json", JSON) if (base / name).is_file()]
+        if held == [JSON]:
+            raise ConfigError(f"compare: {base} holds no model, but results: compare={base / JSON}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -73,7 +73,7 @@ def rounds_inputs(tensor: Tensor) -> bool:
 
 
 def _rounds_by_row(tensor: Tensor) -> bool:
-    rounding: Any = getattr(tensor, "act_quant_kwargs", None)
+    rounding: Any = tensor.act_quant_kwargs  # type: ignore[attr-defined]
     return (
         type(rounding.granularity).__name__ == "PerRow"
         and rounding.mapping_type.name == "SYMMETRIC"

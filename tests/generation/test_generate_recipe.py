@@ -245,6 +245,13 @@ def test_samples_and_logprobs_come_as_json_lines(tune, base):
         torch.testing.assert_close(torch.tensor(row["logprobs"]), expected, rtol=0, atol=1e-4)
 
 
+def test_an_error_is_told_on_a_line_of_its_own(tune, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda logits: torch.zeros_like(logits).bool())
+    out, err = tune("prompt=Hello", code=6)
+    assert out == "Hello\n"
+    assert "logits are not finite" in err
+
+
 def test_a_stop_string_ends_the_text(tune):
     whole = tune("prompt=Hello")[0].removeprefix("Hello")
     stop = whole[len(whole) // 2 :][:2]

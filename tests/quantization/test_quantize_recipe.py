@@ -80,6 +80,16 @@ def test_the_run_leaves_a_checkpoint_and_an_honest_report(quantize, tmp_path):
     assert f"checkpointer.checkpoint_dir={tmp_path}/q/quantized" in err
 
 
+def test_compile_is_for_what_a_cpu_can_compile(quantize, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda block: compiled.append(block) or block)
+    quantizer = "quantizer=mytune.quantization.Int8DynActInt8WeightQuantizer"
+    quantize(*QUICK, quantizer, "compile=true")
+    report = json.loads((tmp_path / "q" / "quantization_report.json").read_text())
+    assert report["compile"] and report["after"]["tokens_per_second"] > 0
+    assert len(compiled) == 1  # after, and not before
+
+
 def generated(capfd, *words: str) -> str:
     capfd.readouterr()
     command = ["run", "generate", "--config", "tiny/generation", "prompt=Once upon a time"]

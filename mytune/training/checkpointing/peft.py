@@ -12,9 +12,9 @@ from mytune.errors import CheckpointError, shortened
 from mytune.training.checkpointing.files import demand_finite, inside, read_json, to_json
 from mytune.training.checkpointing.formats import PEFT
 from mytune.training.checkpointing.publish import Draft
-from mytune.training.checkpointing.source import open_tensors
+from mytune.training.checkpointing.source import ADAPTER, open_tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 # Settings that change what an adapter computes, and their only values that mytune can do.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -42,7 +42,7 @@ def write_adapter(
     for name, tensor in adapter.items():
         demand_finite(name, tensor)
     said = {**config, "base_model_name_or_path": base_model, "inference_mode": True}
-    draft.add_bytes(f"adapter/{CONFIG}", to_json(said))
+    draft.add_bytes(f"adapter/{ADAPTER}", to_json(said))
     named = {PEFT.theirs(name): tensor for name, tensor in adapter.items()}
     draft.add_tensors(f"adapter/{WEIGHTS}", named)
 
@@ -55,12 +55,12 @@ def read_adapter(path: Path) -> Adapter:
     `target_modules` is told by the tensors, since PEFT also allows a pattern there.
     """
     folder = path if path.is_dir() else path.parent
-    if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
+    if not (folder / ADAPTER).is_file() and (folder / "adapter" / ADAPTER).is_file():
         return read_adapter(folder / "adapter")
     found = [f for f in (WEIGHTS, "adapter_model.bin") if (folder / f).is_file()]
-    if not (folder / CONFIG).is_file() or not found:
-        raise CheckpointError(f"{folder} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS}")
-    config = read_json(inside(folder, CONFIG))
+    if not (folder / ADAPTER).is_file() or not found:
+        raise CheckpointError(f"{folder} is not a PEFT adapter: it needs {ADAPTER} and {WEIGHTS}")
+    config = read_json(inside(folder, ADAPTER))
     odd = [
         f"{key} is {config[key]!r}, not {fine[0]!r}"
         for key, fine in _PLAIN.items()

@@ -26,6 +26,7 @@ _OPEN: Mapping[str, type[PickledFile] | type[SafetensorsFile]] = {
     ".pt": PickledFile,
 }
 _FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+ADAPTER = "adapter_config.json"  # by which PEFT's folders are known
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 CheckpointFiles = Sequence[str] | Mapping[str, str] | None
@@ -117,7 +118,7 @@ def _published(fmt: Format, names: Sequence[str], directories: Sequence[Path]) -
 
 def _hints(directory: Path) -> list[str]:
     """Say which checkpoints a directory and those below it do hold."""
-    if (directory / "adapter_config.json").is_file():
+    if (directory / ADAPTER).is_file():
         return [f"{directory} is an adapter: its base is checkpoint_dir, it is adapter_checkpoint"]
     below = sorted(path for path in directory.iterdir() if path.is_dir())
     return [
