@@ -29,6 +29,7 @@ from mytune.evaluation import (
     differing,
     evaluate,
     load_tasks,
+    read_chat_template,
     read_results,
     results_table,
     write_results,
@@ -78,8 +79,8 @@ class Config:
     limit: float | None = None
     # Examples before each question, instead of the tasks' own numbers.
     num_fewshot: int | None = None
-    # Put questions into the tokenizer's chat format.
-    chat_template: bool = False
+    # Put questions into the tokenizer's chat format, or that of a checkpoint directory's template.
+    chat_template: bool | str = False
     # With chat_template: examples are turns of their own, not one text.
     fewshot_as_multiturn: bool = False
     # A system message, or a text before every question.
@@ -147,6 +148,7 @@ def check(cfg: Config) -> None:
     check_lm_eval()
     check_batch_size(cfg.batch_size)
     check_output(cfg.output_dir, cfg.compare)
+    read_chat_template(cfg.chat_template)
     check_may_run(cfg.tasks, cfg.include_path)
     for key in ("limit", "max_seq_length"):
         if (value := getattr(cfg, key)) is not None and not value > 0:
@@ -195,7 +197,7 @@ def measure(
         batch_size=cfg.batch_size,
         max_seq_length=cfg.max_seq_length,
         enable_kv_cache=cfg.enable_kv_cache,
-        chat_template=cfg.chat_template,
+        chat_template=read_chat_template(cfg.chat_template),
         fewshot_as_multiturn=cfg.fewshot_as_multiturn,
         system_instruction=cfg.system_instruction,
         seed=cfg.seed,

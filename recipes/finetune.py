@@ -31,7 +31,13 @@ from mytune.config import (
 )
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
 from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
-from mytune.evaluation import check_tasks, evaluate_scores, load_tasks, refuse_generation
+from mytune.evaluation import (
+    check_tasks,
+    evaluate_scores,
+    load_tasks,
+    read_chat_template,
+    refuse_generation,
+)
 from mytune.modules import (
     Decoder,
     MergedWeights,
@@ -150,8 +156,8 @@ class Config:
     eval_limit: float | None = None
     # A folder with YAML files of your own tasks; functions that these name are run.
     eval_include_path: str | None = None
-    # Put questions into the tokenizer's chat format.
-    eval_chat_template: bool = False
+    # Put questions into the tokenizer's chat format, or that of a checkpoint directory's template.
+    eval_chat_template: bool | str = False
     # Order rows anew in every epoch, from the seed.
     shuffle: bool = True
     # Rows per micro-batch and device.
@@ -266,6 +272,7 @@ def main(cfg: Config) -> None:
         loader = make_loader(cfg, instantiate(cfg.dataset, tokenizer), tokenizer, seed)
         val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
         tasks = load_tasks(cfg.eval_tasks, cfg.eval_include_path) if cfg.eval_tasks else None
+        chat = read_chat_template(cfg.eval_chat_template)
         run = identity(cfg, loader, tokenizer, seed)
         check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
@@ -366,7 +373,6 @@ def main(cfg: Config) -> None:
                 break
             # After saving: it takes a while, and a task may fail.
             if tasks and is_due(step, cfg.eval_every_n_steps, otherwise=epoch_ends):
-                chat = cfg.eval_chat_template
                 scores = evaluate_scores(
                     model, tokenizer, tasks, limit=cfg.eval_limit, chat_template=chat, stop=stop
                 )

@@ -5,6 +5,8 @@ from mytune._lazy import lazy_names
 _WHERE = {
     "HarnessModel": "adapter",
     "check_batch_size": "batches",
+    "ChatTemplate": "chat_template",
+    "read_chat_template": "chat_template",
     "evaluate": "harness",
     "evaluate_scores": "harness",
     "check_output": "results",

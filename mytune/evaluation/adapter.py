@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mytune.errors import ConfigError
 from mytune.evaluation.batches import check_batch_size
+from mytune.evaluation.chat_template import ChatTemplate
 from mytune.evaluation.continuing import Prompt, continue_prompts
 from mytune.evaluation.scoring import Request, score
 from mytune.generation import Sampling
@@ -42,6 +43,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         tokenizer: the model's.
         batch_size: rows at once, or "auto".
         max_seq_length: longest context and continuation; at most the model's positions.
+        chat_template: a checkpoint's own, in the place of the tokenizer's chat format.
         enable_kv_cache: generate with one; without, every token reads the whole text again.
         seed: of generation that samples.
         stop: see `evaluate`.
@@ -54,6 +56,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         *,
         batch_size: int | str = "auto",
         max_seq_length: int | None = None,
+        chat_template: ChatTemplate | None = None,
         enable_kv_cache: bool = True,
         seed: int = 0,
         stop: StopSignal | None = None,
@@ -61,7 +64,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         check_batch_size(batch_size)
         self.model = model
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer, self._template, self._stop = tokenizer, chat_template, stop
         self.batch_size, self._enable_kv_cache, self._seed = batch_size, enable_kv_cache, seed
         positions = model.config.max_seq_len
         self.max_length = min(max_seq_length or positions, positions)
@@ -97,6 +100,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Return a conversation as text: up to where the answer begins, or goes on."""
+        if self._template:
+            return self._template(chat_history, add_generation_prompt)
         messages = [Message(turn["role"], turn["content"]) for turn in chat_history]  # type: ignore[arg-type]
         ids, _ = self._tokenizer.tokenize_messages(messages, add_generation_prompt)
         if not add_generation_prompt and ids[-1] in self._tokenizer.stop_tokens:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mytune.evaluation.batches import EvaluationStopped
+from mytune.evaluation.chat_template import ChatTemplate
 from mytune.evaluation.tasks import Tasks, fault_of_task
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
@@ -29,7 +30,7 @@ def evaluate(
     batch_size: int | str = "auto",
     max_seq_length: int | None = None,
     enable_kv_cache: bool = True,
-    chat_template: bool = False,
+    chat_template: bool | ChatTemplate = False,
     fewshot_as_multiturn: bool = False,
     system_instruction: str | None = None,
     seed: int = 1234,
@@ -48,7 +49,7 @@ def evaluate(
         batch_size: rows at once, or "auto".
         max_seq_length: tokens of context and continuation; if None, all that the model takes.
         enable_kv_cache: see `mytune.generation.generate`.
-        chat_template: put questions, and examples, into the tokenizer's chat format.
+        chat_template: put questions, and examples, into the tokenizer's chat format, or this one.
         fewshot_as_multiturn: with it, examples are turns of their own.
         system_instruction: a system message, or a text before all else.
         seed: of few-shot examples that are drawn, and of generation that samples.
@@ -68,6 +69,7 @@ def evaluate(
         tokenizer,
         batch_size=batch_size,
         max_seq_length=max_seq_length,
+        chat_template=chat_template if isinstance(chat_template, ChatTemplate) else None,
         enable_kv_cache=enable_kv_cache,
         seed=seed,
         stop=stop,
@@ -83,7 +85,7 @@ def evaluate(
                 bootstrap_iters=0 if rank() else bootstrap_iters,
                 log_samples=False,
                 system_instruction=system_instruction,
-                apply_chat_template=chat_template,
+                apply_chat_template=bool(chat_template),
                 fewshot_as_multiturn=fewshot_as_multiturn,
             )
     except Exception as error:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 
+from mytune.evaluation import ChatTemplate
 from tests.evaluation.conftest import TASKS, responses, run_lm_eval
 
 
@@ -67,6 +71,68 @@ def test_all_kinds_of_tasks_score_alike(pair, tasks_folder):
 @pytest.mark.parametrize("name", ["writing"])
 def test_generation_answers_a_chat_alike(random_pair, tasks_folder, name):
     compare(random_pair, [name], tasks_folder, apply_chat_template=True)
+
+
+# As Llama 3.1's: a system message that is always there, and what transformers alone knows.
+OWN_TEMPLATE = """{{- bos_token }}
+{%- set year = strftime_now("%Y") if strftime_now is defined else "2024" %}
+{%- if not tools is defined or tools is not none %}{{ raise_exception("no tools") }}{% endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nIn " + year + ", as " }}
+{{- {"is": "üsual"} | tojson }} {{ system + eos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {%- if loop.index > 99 %}{% break %}{% endif %}
+    {% generation %}
+    {{- message['content'] | trim }}<|eot_id|>
+    {%- endgeneration -%}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+TURNS = [
+    {"role": "system", "content": " Be the user. "},
+    {"role": "user", "content": "What\n"},
+    {"role": "assistant", "content": " The end of "},
+]
+
+
+@pytest.mark.parametrize("trimmed", [True, False])
+@pytest.mark.parametrize("named", ["folder", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_checkpoints_own_template_is_as_in_transformers(random_pair, tmp_path, named, trimmed):
+    theirs = copy.deepcopy(random_pair.their_tokenizer)
+    theirs.chat_template = OWN_TEMPLATE if trimmed else OWN_TEMPLATE.replace(" | trim }}<", " }}<")
+    in_json = named == "tokenizer_config.json"
+    theirs.save_pretrained(tmp_path, save_jinja_files=not in_json)
+    assert (tmp_path / "chat_template.jinja").exists() is not in_json
+    ours = ChatTemplate(tmp_path if named == "folder" else tmp_path / named)
+    for turns in (TURNS, TURNS[1:]):
+        for said, answers in ((turns[:-1], True), (turns, False)):
+            expected = theirs.apply_chat_template(
+                said,
+                tokenize=False,
+                add_generation_prompt=answers,
+                continue_final_message=not answers,
+            )
+            assert ours(said, answers) == expected
+
+
+def test_chats_in_a_checkpoints_own_template_score_alike(random_pair, tasks_folder, tmp_path):
+    theirs = copy.deepcopy(random_pair.their_tokenizer)
+    theirs.chat_template = OWN_TEMPLATE
+    theirs.save_pretrained(tmp_path)
+    own = dataclasses.replace(random_pair, their_tokenizer=theirs)
+    template = {"chat_template": ChatTemplate(tmp_path)}
+    names = ["choice", "writing"]
+    chat = compare(own, names, tasks_folder, ours=template, apply_chat_template=True)
+    plain = run_lm_eval(own.ours(), names, tasks_folder, apply_chat_template=True)
+    assert responses(chat) != responses(plain)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])

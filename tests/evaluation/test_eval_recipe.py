@@ -284,6 +284,7 @@ def test_the_tutorial_config_can_be_copied_and_edited(
         (["num_fewshot=-1"], 2, "num_fewshot is -1"),
         (["limit=2.5"], 2, "limit is 2.5; above 1 it is a number of documents, and whole"),
         (["fewshot_as_multiturn=true"], 2, "fewshot_as_multiturn needs chat_template=true"),
+        (["chat_template=yess"], 2, "chat_template: no template in yess; give true for the token"),
         (["output_dir=/proc/none"], 5, "output_dir: cannot write in /proc/none"),
         (["tasks=[truthfulqa_mc2]"], 5, "task truthfulqa_mc2: its data cannot be downloaded"),
         (["tasks=[writing]", "max_seq_length=20"], 2, "task writing generates up to 24 tokens"),
@@ -340,6 +341,23 @@ def test_tasks_run_no_code_of_a_folder_that_a_config_alone_names(
     assert not Path("ran").exists()
     tune("tasks=[evil]", f"include_path={folder}", code=3)  # run: no `process_docs`
     assert Path("ran").exists()
+
+
+TEMPLATES = {
+    "{% for m in messages %}": r"chat_template.jinja: Unexpected end of template",
+    "{{ raise_exception('no system message') }}": r"chat_template.jinja: no system message",
+    "{{ messages[0]['content'] + 1 }}": r"chat_template.jinja: can only concatenate str",
+    "{{ messages.clear() }}": "chat_template.jinja: .*'clear' of 'list' object is unsafe",
+    "{{ ''.__class__.__mro__ }}": "chat_template.jinja: .*'__class__' of 'str' object is unsafe",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_checkpoints_template_is_used_and_cannot_do_harm(tune, tmp_path, template):
+    (tmp_path / "chat_template.jinja").write_text(template)
+    _, out, err = tune("tasks=[choice]", f"chat_template={tmp_path}", code=2)
+    assert re.search(TEMPLATES[template], err.splitlines()[-1]), err
+    assert out == ""
 
 
 def test_a_damaged_model_has_no_scores(tune, base, tmp_path):
