@@ -259,11 +259,14 @@ def main(cfg: Config) -> None:
         stack.enter_context(process_group(device, cfg.distributed_timeout))
         resume = cfg.resume_from_checkpoint or checkpointer.resume or restarts() > 0
         own_output_dirs(stack, cfg, checkpointer, resume)
+        stack.callback(checkpointer.finish)  # also after an error, and before the lock goes
         resumed = checkpointer.latest() if resume else None
         if resume and not resumed:
             log.warning("no checkpoint in %s: starting at step 0", checkpointer.output_dir)
         if resumed:
             log.info("resuming from %s, after step %d", resumed.path, resumed.step)
+            if cfg.seed not in (None, resumed.state["seed"]):
+                log.warning("seed: a run that goes on keeps its own, %d", resumed.state["seed"])
         seed = set_seed(resumed.state["seed"] if resumed else cfg.seed)
         step = resumed.step if resumed else 0
 
@@ -319,7 +322,7 @@ def main(cfg: Config) -> None:
         lap = time.perf_counter()
         for epoch, micro_batches in remaining_steps(loader, step, cfg.epochs):
             seed_step(seed, step, rank(), device)
-            tokens = int(all_sum(count_targets(micro_batches), device))
+            tokens = int(all_sum(count_targets(micro_batches)))
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 last = batch is micro_batches[-1]
@@ -337,9 +340,7 @@ def main(cfg: Config) -> None:
                 else clip_grad_norm(model.parameters(), cfg.clip_grad_norm)
             )
             rows = [row for batch in micro_batches for row in batch["rows"].tolist()]
-            loss_value, grad_norm = check_finite(
-                all_sum(loss, device), norm, step=step + 1, rows=rows
-            )
+            loss_value, grad_norm = check_finite(all_sum(loss), norm, step=step + 1, rows=rows)
             lr = get_lr(optimizer)
             optimizer.step()
             optimizer.zero_grad()
@@ -364,7 +365,7 @@ def main(cfg: Config) -> None:
             progress.update(step, loss_value, speed)
             profiler.step()
 
-            stopping = stop.on_any_rank(device)
+            stopping = stop.on_any_rank()
             if epoch_ends or stopping or is_due(step, cfg.save_every_n_steps):
                 name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
                 totals = trained_tokens, seconds
@@ -578,6 +579,7 @@ def identity(
         "config_hash": hashlib.sha256(config_yaml(cfg).encode()).hexdigest(),
         "tokenizer": tokenizer.fingerprint,
         "data": loader.dataset.fingerprint,
+        "shuffle": cfg.shuffle,
         "steps_per_epoch": loader.steps_per_epoch,
         "rows_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * world_size(),
         "world_size": world_size(),
@@ -586,14 +588,16 @@ def identity(
 
 def check_same_run(resumed: Published | None, run: dict[str, Any]) -> None:
     """Refuse to go on over other data or batches, where step n would be another step."""
-    was = resumed.state["run"] if resumed else run
-    keys = ("data", "steps_per_epoch", "rows_per_step")
+    if resumed is None:
+        return
+    was = {**run, **resumed.state["run"]}  # an older one may know less
+    keys = ("data", "shuffle", "steps_per_epoch", "rows_per_step")
     changed = [f"{key}: was {was[key]}, is {run[key]}" for key in keys if was[key] != run[key]]
-    if resumed and changed:
+    if changed:
         raise ConfigError(
             f"{resumed.path} was trained on other data or other batches; resume with the dataset, "
-            "tokenizer, batch_size, gradient_accumulation_steps and max_steps_per_epoch it had, or "
-            f"start a new run from it with checkpointer.checkpoint_dir={resumed.path}",
+            "tokenizer, shuffle, batch_size, gradient_accumulation_steps and max_steps_per_epoch "
+            f"it had, or start a new run from it with checkpointer.checkpoint_dir={resumed.path}",
             changed,
         )
 
@@ -648,12 +652,12 @@ def shard(cfg: Config, model: Decoder, device: torch.device, ranks: int) -> None
 
 def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtype) -> None:
     """Refuse to start where the first checkpoint would not fit on the disk."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    merged = not (cfg.save_adapter_weights_only and adapter_state(model))
+    adapters = bool(adapter_state(model))  # of float32, and saved beside what they are merged into
+    trained = count_parameters(model)[1] * (4 if adapters else dtype.itemsize)
+    merged = not (cfg.save_adapter_weights_only and adapters)
     weights = checkpointer.plan(model.config, dtype).nbytes if merged else 0
-    adapters = trained if adapter_state(model) else 0
     # AdamW keeps two numbers for each that trains.
-    check_disk_space(checkpointer.output_dir, weights + adapters + 2 * trained)
+    check_disk_space(checkpointer.output_dir, weights + (2 + adapters) * trained)
 
 
 def remaining_steps(
@@ -669,7 +673,10 @@ def remaining_steps(
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch, with the places of its trained tokens, so that the device need not look."""
     batch = {**batch, "target_index": target_index(batch["labels"])}
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "rows"}
+    del batch["rows"]
+    if device.type == "cuda":  # a copy from other memory waits for what the device is doing
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def is_due(step: int, every: int | None, otherwise: bool = False) -> bool:
@@ -686,7 +693,7 @@ def validate(
     loss = torch.zeros((), device=device)
     tokens, stopping = 0, False
     for micro_batches in loader.steps(epoch=0):
-        if stopping := stop.on_any_rank(device):
+        if stopping := stop.on_any_rank():
             break
         tokens += count_targets(micro_batches)
         for batch in micro_batches:
@@ -695,7 +702,7 @@ def validate(
     model.train()
     if stopping:
         return {}
-    return {"val_loss": all_sum(loss.item(), device) / max(all_sum(tokens, device), 1)}
+    return {"val_loss": all_sum(loss.item()) / max(all_sum(tokens), 1)}
 
 
 def in_words(scores: dict[str, float]) -> str:
@@ -751,7 +758,9 @@ def report(
     device: torch.device,
 ) -> None:
     """Write summary and loss curve, and say where everything is."""
-    locations = {"checkpoints": checkpointer.output_dir, "metrics": logger.metrics_file}
+    locations = {"checkpoints": checkpointer.output_dir}
+    if logger.metrics_file:
+        locations["metrics"] = logger.metrics_file
     written = write_report(
         cfg.output_dir,
         steps=step,

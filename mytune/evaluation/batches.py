@@ -82,7 +82,7 @@ def run_batches(
     hidden, sharded = rank() > 0, is_sharded(model)
     with tqdm(total=turns, desc=description, mininterval=often, disable=hidden) as bar:
         for turn in range(turns):
-            if stop and stop.on_any_rank(model.device):
+            if stop and stop.on_any_rank():
                 raise EvaluationStopped
             batch = mine[turn] if turn < len(mine) else batches[0]
             # Halves would be forwards that the other ranks of a sharded model do not take part in.

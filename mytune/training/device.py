@@ -33,6 +33,10 @@ def get_device(name: str) -> torch.device:
     if kind not in present or (":" in name and not number.isdigit()):
         hint = did_you_mean(kind, present)
         raise ConfigError(f"device is {name!r}{hint}; it can be cuda, cuda:N, xpu, mps or cpu")
+    if kind == "mps" and world_size() > 1:
+        raise ConfigError(
+            f"device is mps for {world_size()} processes; there is one for one process"
+        )
     if number and world_size() > 1:
         raise ConfigError(
             f"device is {name} for {world_size()} processes; device={kind} gives each its own"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
@@ -76,15 +77,13 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
     dist.destroy_process_group()
 
 
-def all_sum(value: Number, device: torch.device) -> Number:
-    """Return the sum of a number or a tensor over all ranks."""
+def all_sum(value: Number) -> Number:
+    """Return the sum of a number or a tensor over all ranks; a number's waits for no device."""
     if world_size() == 1:
         return value
-    if isinstance(value, Tensor):
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-    return float(all_sum(torch.tensor(value, dtype=torch.float64, device=device), device))
+    total = value.clone() if isinstance(value, Tensor) else torch.tensor(float(value)).double()
+    dist.all_reduce(total)
+    return total if isinstance(value, Tensor) else total.item()
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
@@ -92,28 +91,16 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     if world_size() == 1:
         return
     grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    for dtype in {grad.dtype for grad in grads}:
-        _sum_together([grad for grad in grads if grad.dtype == dtype])
-
-
-def _sum_together(tensors: list[Tensor], bucket_bytes: int = 2**28) -> None:
-    """Sum tensors of one dtype over all ranks, in place, in few and large messages."""
-    while tensors:
-        size, count = 0, 0
-        while count < len(tensors) and (not count or size < bucket_bytes):
-            size += tensors[count].nbytes
-            count += 1
-        bucket, tensors = tensors[:count], tensors[count:]
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
+    for bucket in _take_tensors(grads, 2**28):  # few and large messages, of one dtype each
+        flat = _flatten_dense_tensors(bucket)
         dist.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in bucket])
-        torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
+        torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))
 
 
-def from_rank_0(value: str) -> str:
+def from_rank_0(value: Object) -> Object:
     """Return what rank 0 gave."""
     box = [value]
-    if world_size() > 1:
+    if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from mytune._sharded import local, whole
 from mytune.errors import ConfigError, NumericalError
+from mytune.training.distributed import gather_objects
 
 _PIECE = 2**13  # numbers whose squares are summed in one go on a CPU
 
@@ -74,14 +76,16 @@ def check_finite(
 ) -> tuple[float, float]:
     """Return loss and gradient norm as numbers; call it before the optimizer's step.
 
-    Waits for the device once. `rows` are the samples that the step has seen.
+    Waits for the device once. Both are of all ranks, and so is the error: `rows` are the samples
+    that this rank has seen in the step.
 
     Raises:
         NumericalError: one of the two is NaN or infinite.
     """
     values = torch.stack([loss.detach().float(), grad_norm.float()]).tolist()
     if not all(map(math.isfinite, values)):
-        seen = f" (rows {reprlib.repr(list(rows))} of the data)" if rows else ""
+        of_all = sorted(chain.from_iterable(gather_objects(list(rows))))
+        seen = f" (rows {reprlib.repr(of_all)} of the data)" if of_all else ""
         raise NumericalError(
             f"step {step}: loss is {values[0]}, grad_norm is {values[1]}{seen}; nothing of "
             "this step was kept, the last checkpoint stays; lower optimizer.lr, set "

@@ -8,9 +8,9 @@ import random
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from mytune.errors import ConfigError
+from mytune.training.distributed import from_rank_0
 
 log = logging.getLogger("mytune")
 
@@ -28,7 +28,7 @@ _MODES: dict[str | int | None, int] = {
 def set_seed(seed: int | None = None) -> int:
     """Seed Python, numpy and torch, log and return the seed; None draws one for all ranks."""
     if seed is None:
-        seed = _agreed(random.SystemRandom().randrange(2**31))
+        seed = from_rank_0(random.SystemRandom().randrange(2**31))
         log.info("seed: %d (drawn; seed=%d repeats this run)", seed, seed)
     elif not 0 <= seed < 2**63:
         raise ConfigError(f"seed is {seed}; it must be at least 0 and below 2**63")
@@ -38,14 +38,6 @@ def set_seed(seed: int | None = None) -> int:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return seed
-
-
-def _agreed(seed: int) -> int:
-    """Return rank 0's seed."""
-    box = [seed]
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def seed_step(seed: int, step: int, rank: int = 0, device: torch.device | None = None) -> None:

@@ -6,10 +6,8 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
-
-import torch
 
 from mytune.training.distributed import all_sum
 
@@ -32,18 +30,13 @@ class StopSignal:
             self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def on_any_rank(self, device: torch.device) -> bool:
+    def on_any_rank(self) -> bool:
         """Say whether any rank has been asked to stop; every rank must call it."""
-        return all_sum(float(self.requested), device) > 0
+        return all_sum(float(self.requested)) > 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:

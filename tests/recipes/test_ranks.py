@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,14 @@ WRONG = {
 def test_impossible_layouts_are_refused(config, tmp_path, override):
     run_ranks(config, tmp_path, override, code=2)
     assert WRONG[override] in (tmp_path / "ranks.log").read_text()
+
+
+def test_the_rows_of_all_ranks_are_told_where_numbers_are_not_finite(config, tmp_path):
+    wrong = ("optimizer.lr=1e30", "shuffle=False", "batch_size=1", "gradient_accumulation_steps=1")
+    run_ranks(config, tmp_path, *wrong, code=6)
+    assert re.search(
+        r"step 2: loss is .* \(rows \[2, 3\] of the", (tmp_path / "ranks.log").read_text()
+    )
 
 
 def test_more_ranks_than_rows_are_refused(config, tmp_path):

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mytune import training
 from mytune.datasets import BatchLoader
 from mytune.training import checkpointing
 from mytune.training.checkpointing import checkpointers
@@ -131,6 +132,11 @@ def test_other_data_is_not_resumed(run, config, capsys):
     run(config, "max_steps_per_epoch=1")
     run(config, "resume_from_checkpoint=True", "batch_size=2", "max_steps_per_epoch=1", code=2)
     assert "rows_per_step: was 8, is 4" in capsys.readouterr().err
+    other = ("shuffle=False", "seed=8", "max_steps_per_epoch=1")
+    run(config, "resume_from_checkpoint=True", *other, code=2)
+    told = capsys.readouterr().err
+    assert "shuffle: was True, is False" in told
+    assert "seed: a run that goes on keeps its own, 7" in told
 
 
 def test_r5_saving_changes_nothing(run, config):
@@ -154,6 +160,35 @@ def test_r6_numbers_that_are_not_finite_stop_the_run(run, config, capsys, monkey
     monkeypatch.setattr(torch.optim.AdamW, "step", poison)
     run(config, code=6)
     assert [p.name for p in Path(config["output_dir"]).glob("step_*")] == ["step_1"]
+
+
+def test_a_checkpoint_in_the_background_is_finished_before_an_error_frees_the_folder(
+    run, config, monkeypatch
+):
+    config |= {"save_every_n_steps": 1, "enable_async_checkpointing": True}
+    write = checkpointers.write_pieces
+
+    def slowly(*arguments, **settings):
+        time.sleep(1)
+        return write(*arguments, **settings)
+
+    monkeypatch.setattr(checkpointers, "write_pieces", slowly)
+    run(config, "optimizer.lr=1e30", "shuffle=False", code=6)
+    assert [path.name for path in Path(config["output_dir"]).glob("*step_*")] == ["step_1"]
+
+
+SAVED = {"bf16": {"dtype": "bf16"}, "fp32": {}, "LoRA": {"dtype": "bf16", "model": LORA}}
+
+
+@pytest.mark.parametrize("setting", SAVED)
+def test_the_disk_must_have_room_for_what_is_saved(run, config, monkeypatch, setting):
+    asked = []
+    monkeypatch.setattr(
+        training, "check_disk_space", lambda _, size: asked.append(size), raising=False
+    )
+    run(config | SAVED[setting], "max_steps_per_epoch=1")
+    files = Path(config["output_dir"], "epoch_0").rglob("*.safetensors")
+    assert asked == [pytest.approx(sum(file.stat().st_size for file in files), rel=0.1)]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(run, config, capsys):

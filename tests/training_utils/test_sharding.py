@@ -16,12 +16,15 @@ from mytune.models.llama3 import qlora_llama3
 from mytune.modules import MergedWeights
 from mytune.training import (
     FullModelHFCheckpointer,
+    all_sum,
     load_adapters,
     load_weights,
     parallel_dims,
     process_group,
     shard_model,
+    sum_gradients,
 )
+from mytune.training.distributed import from_rank_0
 from tests.hf import tiny_llama
 from tests.recipes.ranks import SHARES_4_BITS, free_port
 
@@ -72,6 +75,26 @@ def test_a_rank_reads_and_holds_its_own_rows_only(tmp_path, model):
     # safetensors maps what was just written from memory, too; a copy is another file.
     folder = shutil.copytree(tmp_path, tmp_path / "copy")
     mp.spawn(_rank, args=(free_port(), model, str(folder)), nprocs=2)
+
+
+def _sum(rank: int, port: int) -> None:
+    where = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in where.items()})
+    parameters = [torch.zeros(2, 3), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(3, 2).T]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, number + rank)
+    with process_group(torch.device("cpu"), 60):
+        sum_gradients([*parameters, torch.zeros(1)])
+        assert all_sum(rank + 0.5) == 2
+        assert all_sum(torch.tensor([1.0, rank])).tolist() == [2, 1]
+        assert from_rank_0(None if rank else {"seed": 3}) == {"seed": 3}
+    for number, parameter in enumerate(parameters):
+        assert torch.equal(parameter.grad, torch.full_like(parameter, 2 * number + 1))
+
+
+@pytest.mark.ranks
+def test_ranks_sum_and_agree():
+    mp.spawn(_sum, args=(free_port(),), nprocs=2)
 
 
 def test_a_torch_that_cannot_share_4_bit_weights_is_told(monkeypatch):

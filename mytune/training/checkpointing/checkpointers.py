@@ -177,7 +177,15 @@ class _Checkpointer:
         said = self._recipe_checkpoint or "newest.pt"
         named = re.search(r"(epoch|step)_\d+", said)
         fallback = None if said.endswith(".pt") else said
-        return latest(self.output_dir, named[0] if named else fallback)
+        # One rank reads it whole, and all agree on what it found.
+        found = latest(self.output_dir, named[0] if named else fallback) if rank() == 0 else None
+        patient_barrier()
+        name = from_rank_0(found and found.path.name)
+        return (
+            Published(self.output_dir / name, read_manifest(self.output_dir / name))
+            if name
+            else None
+        )
 
     def plan(self, config: DecoderConfig, dtype: torch.dtype) -> Plan:
         """Return what `save` writes: `.nbytes`, and `.read`, the order it asks for weights in."""
