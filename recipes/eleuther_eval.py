@@ -11,7 +11,6 @@ The table goes to stdout, everything else to stderr and to output_dir. Copy it w
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,8 +115,7 @@ def main(cfg: Config) -> None:
     use_fast_float32_matmul(device)
     set_seed(cfg.seed)
 
-    with ExitStack() as stack:
-        stack.enter_context(process_group(device))
+    with process_group(device):
         # Tasks and earlier results before weights: it is quicker to be found wrong.
         tokenizer = instantiate(cfg.tokenizer)
         checkpointer = instantiate(cfg.checkpointer)
@@ -212,13 +210,13 @@ def measure(
 def report(
     cfg: Config, results: dict[str, Any], base: dict[str, Any] | None, *, again: bool
 ) -> None:
-    """Print the tables and say where they are."""
+    """Write the tables, print them and say where they are."""
+    written = write_results(cfg.output_dir, results, config_yaml(cfg), base, again=again)
     if rank() == 0:
         print(results_table(results), flush=True)
         if base:
             print(compare_results(base, results), flush=True)
             for line in differing(base, results, config_yaml(cfg)):
                 log.warning("not measured alike: %s", line)
-    written = write_results(cfg.output_dir, results, config_yaml(cfg), base, again=again)
     for what, path in written.items():
         log.info("%s: %s", what, path)

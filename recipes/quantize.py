@@ -27,6 +27,7 @@ from mytune.errors import ConfigError, DataError, DirectoryInUseError, Numerical
 from mytune.generation import Memory, generate, pack_linears
 from mytune.modules import Decoder, LinearCrossEntropyLoss
 from mytune.quantization import check_quantizer, stored_bytes
+from mytune.tokenizers import check_vocabulary
 from mytune.training import (
     FullModelHFCheckpointer,
     describe_device,
@@ -34,7 +35,6 @@ from mytune.training import (
     get_dtype,
     load_for_inference,
     log,
-    memory_stats,
     output_dir_lock,
     set_deterministic,
     setup_logging,
@@ -165,6 +165,7 @@ def text_windows(cfg: Config, model: Decoder) -> list[Tensor]:
     if cfg.perplexity_file is None:
         return []
     tokenizer = instantiate(cfg.tokenizer)
+    check_vocabulary(tokenizer, model.config.vocab_size)
     try:
         text = Path(cfg.perplexity_file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -172,11 +173,6 @@ def text_windows(cfg: Config, model: Decoder) -> list[Tensor]:
     ids = torch.tensor(tokenizer.encode(text, add_bos=True, add_eos=False))
     if len(ids) < 2:
         raise DataError(f"perplexity_file: {cfg.perplexity_file} is empty")
-    if int(ids.max()) >= model.config.vocab_size:
-        raise ConfigError(
-            f"the text has token id {int(ids.max())} and the model a vocabulary of "
-            f"{model.config.vocab_size}: tokenizer.path or model is of another family"
-        )
     length = min(cfg.max_seq_len, model.config.max_seq_len)
     # A window's last label is the next one's first id, so every token is predicted once.
     return [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
@@ -234,7 +230,6 @@ def report(
         "compile": cfg.compile,
         "before": before,
         "after": after,
-        "peak_memory": memory_stats(device),
     }
     write_atomic(file, (json.dumps(content, indent=2, default=dict) + "\n").encode())
     print(f"{'':<18}{'before':>14}{'after':>14}{'ratio':>8}")

@@ -71,6 +71,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
         special = re.compile(f"({'|'.join(map(re.escape, names))})")
         self._bos = tokenizer.decode([tokenizer.bos_id], skip_special_tokens=False)
+        # A context comes with each of its answers; what is cached holds no model.
         self._encode = lru_cache(maxsize=64)(partial(_encode, tokenizer, special))
 
     @property
@@ -168,7 +169,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return each context's continuation, up to the first of its stop strings."""
-        prompts = [self._prompt(*instance.args) for instance in requests]
+        asked = (instance.args for instance in requests)
+        prompts = [Prompt(self.tok_encode(text), *read_generation(said)) for text, said in asked]
         rooms = [self.max_length - prompt.max_new_tokens for prompt in prompts]
         if min(rooms, default=1) < 1:
             longest = max(prompt.max_new_tokens for prompt in prompts)
@@ -192,15 +194,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             for text, prompt in zip(texts, prompts, strict=True)
         ]
 
-    def _prompt(self, context: str, settings: dict[str, Any]) -> Prompt:
-        """Return a context with what a task's `generation_kwargs` say."""
-        most, until, sampling = read_generation(settings)
-        return Prompt(
-            ids=self.tok_encode(context), max_new_tokens=most, until=until, sampling=sampling
-        )
 
-
-# A context comes with each of its answers; what is cached holds no model.
 def _encode(tokenizer: ModelTokenizer, special: re.Pattern[str], string: str) -> list[int]:
     ids: list[int] = []
     for piece in special.split(string):

@@ -42,7 +42,7 @@ def cut(
     batch_size: int | str,
     device: torch.device,
 ) -> list[list[Item]]:
-    """Return `items`, the longest first, in batches of `batch_size`, or of a number of tokens."""
+    """Return items, which come longest first, in batches of `batch_size` or so many tokens."""
     most = _AUTO.get(device.type, _AUTO_ELSEWHERE)
     batches: list[list[Item]] = []
     rows = 0
@@ -60,23 +60,21 @@ def run_batches(
     description: str,
     model: Decoder,
     *,
-    shared: bool = True,
     stop: StopSignal | None = None,
 ) -> dict[int, Result]:
     """Return what `work` finds in all batches, by the keys it gives, on every rank.
 
     Ranks take turns, so that each gets long and short ones. All do the same number of batches, as
     sharded models demand: who has one less repeats the first. The batches are those of one process,
-    and so are the results, to the bit. If not `shared`, every rank does all of them.
+    and so are the results, to the bit.
 
     Raises:
         EvaluationStopped: between two batches, if `stop` was requested on any rank.
     """
     if not batches:
         return {}
-    workers = world_size() if shared else 1
-    mine = batches[rank() % workers :: workers]
-    turns = -(-len(batches) // workers)
+    mine = batches[rank() :: world_size()]
+    turns = -(-len(batches) // world_size())
     results: dict[int, Result] = {}
     often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a file each is a line
     hidden, sharded = rank() > 0, is_sharded(model)

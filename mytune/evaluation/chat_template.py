@@ -92,14 +92,15 @@ def _read(path: Path) -> tuple[Path, str, dict[str, str]]:
     if path != config:
         template = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     if isinstance(template, list):
-        template = {each.get("name"): each.get("template") for each in template}.get("default")
+        named = {each.get("name"): each for each in template if isinstance(each, dict)}
+        template = named.get("default", {}).get("template")
     if not isinstance(template, str):
         raise ConfigError(
             f"chat_template: no template in {path}; give true for the tokenizer's own format, a "
             f"chat_template.jinja, a {_CONFIG} that has one, or a directory with either"
         )
-    named = {name: value for name, value in known.items() if name.endswith("_token")}
-    texts = {n: v["content"] if isinstance(v, dict) else v for n, v in named.items()}
+    tokens = {name: value for name, value in known.items() if name.endswith("_token")}
+    texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in tokens.items()}
     return path, template, {name: text for name, text in texts.items() if isinstance(text, str)}
 
 

@@ -14,7 +14,6 @@ from mytune.evaluation.trees import TREE, plant, stack
 from mytune.generation import Decoding, KVCache, Sampling
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
-from mytune.training.sharding import is_sharded
 from mytune.training.signals import StopSignal
 
 _MORE = 4  # times as many tokens as when scoring: a step reads all weights, however few rows it has
@@ -43,19 +42,20 @@ class SharedDecoding(Decoding):
 def _read_as_trees(model: Decoder, rows: Sequence[Sequence[int]], cache: KVCache) -> None:
     """Read rows, and leave keys and values in the cache as if they had been read left-padded."""
     trees, longest, device = plant(rows, TREE), max(map(len, rows)), model.device
-    paths = [
-        {row: torch.tensor(path, dtype=torch.long, device=device) for row, path in t.paths.items()}
-        for t in trees
+    copies = [
+        (number, place, row, longest - len(path) + depth)
+        for number, its_paths in enumerate(tree.paths for tree in trees)
+        for row, path in its_paths.items()
+        for depth, place in enumerate(path.tolist())
     ]
+    tree, place, row, slot = torch.tensor(copies, device=device).T
 
     class Spread:
         """Copies what a tree's tokens leave to all the rows that they belong to."""
 
         def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            for new, kept in ((k, cache.keys[layer]), (v, cache.values[layer])):
-                for of_tree, its_paths in zip(new, paths, strict=True):
-                    for row, path in its_paths.items():
-                        kept[row, :, longest - len(path) : longest] = of_tree[:, path]
+            cache.keys[layer][row, :, slot] = k[tree, :, place]
+            cache.values[layer][row, :, slot] = v[tree, :, place]
             return k, v
 
     tokens, positions, mask = (None if x is None else x.to(device) for x in stack(trees))
@@ -114,9 +114,7 @@ def continue_prompts(
         texts = _continue(model, tokenizer, rows, generator, enable_kv_cache)
         return dict(zip(batch, texts, strict=True))
 
-    # Batches take unlike numbers of steps, and ranks with a part of the model each must step alike.
-    shared = not is_sharded(model)
-    texts = run_batches(batches, work, "generation", model, shared=shared, stop=stop)
+    texts = run_batches(batches, work, "generation", model, stop=stop)
     return [texts[i] for i in range(len(prompts))]
 
 

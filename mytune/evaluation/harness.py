@@ -103,6 +103,8 @@ def evaluate_scores(
 ) -> dict[str, float]:
     """Return `eval/TASK/METRIC` of a model in training, which stays in training mode.
 
+    The name of a filter of answers follows the metric's, unless it is "none".
+
     Compiled blocks run eagerly: texts of ever new lengths would use up their recompilations.
     Nothing is returned if `stop` was requested before the end.
 
@@ -118,19 +120,19 @@ def evaluate_scores(
     reshard(model)
     model.train()
     return {
-        f"eval/{task}/{metric}": value
+        f"eval/{task}/{name.removesuffix(',none').replace(',', '/')}": value
         for task, metrics in results.items()
-        for metric, value in numbers(metrics).items()
+        for name, (value, _) in measured(metrics).items()
     }
 
 
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return a task's metrics without standard errors and what is no number.
-
-    The name of a filter of answers follows the metric's, unless it is "none".
-    """
-    return {
-        key.removesuffix(",none").replace(",", "/"): float(value)
-        for key, value in metrics.items()
-        if "," in key and "_stderr," not in key and isinstance(value, int | float)
-    }
+def measured(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """Return a task's metrics by `METRIC,FILTER`, with their standard errors if they are known."""
+    found: dict[str, tuple[float, float | None]] = {}
+    for name, value in metrics.items():
+        metric, comma, of_filter = name.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = metrics.get(f"{metric}_stderr,{of_filter}")
+        found[name] = (float(value), float(error) if isinstance(error, int | float) else None)
+    return found

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,7 @@ import yaml
 
 import mytune
 from mytune.errors import ConfigError
-from mytune.evaluation.harness import Results
+from mytune.evaluation.harness import Results, measured
 from mytune.training.distributed import rank
 from mytune.training.metric_logging import write_atomic
 from mytune.training.run_dir import cannot_write
@@ -67,8 +67,9 @@ def differing(base: Results, tuned: Results, config: str) -> list[str]:
         for task in tuned["results"]
         if task not in base["results"]
     ]
-    if isinstance(base.get("config"), str):  # of an earlier run
-        earlier, now = (yaml.safe_load(text) for text in (base["config"], config))
+    now = yaml.safe_load(config)
+    earlier = yaml.safe_load(base["config"]) if isinstance(base.get("config"), str) else None
+    if isinstance(earlier, dict):
         found += [
             f"{key} was {earlier[key]} for the base and is {now[key]}"
             for key in _SETTINGS
@@ -78,7 +79,7 @@ def differing(base: Results, tuned: Results, config: str) -> list[str]:
         f"{task}: {what} was {_told(before)} for the base and is {_told(after)}"
         for what in ("versions", "n-shot", "n-samples")
         for task, after in tuned.get(what, {}).items()
-        if (before := base.get(what, {}).get(task, after)) != after
+        if (before := (base.get(what) or {}).get(task, after)) != after
     ]
 
 
@@ -89,8 +90,8 @@ def _told(value: Any) -> Any:
 
 def _compared(base: Results, tuned: Results) -> Iterator[list[str]]:
     for task, metrics in tuned["results"].items():
-        for name, (after, error) in _measured(metrics).items():
-            found = _measured(base["results"].get(task, {})).get(name)
+        for name, (after, error) in measured(metrics).items():
+            found = measured(base["results"].get(task, {})).get(name)
             if found is None:
                 continue
             before, before_error = found
@@ -113,18 +114,6 @@ def _compared(base: Results, tuned: Results) -> Iterator[list[str]]:
 
 def _cells(value: float, error: float | None) -> tuple[str, str]:
     return f"{value:.4f}", "" if error is None else f"± {error:.4f}"
-
-
-def _measured(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """Return a task's metrics, with their standard errors if they are known."""
-    found: dict[str, tuple[float, float | None]] = {}
-    for name, value in metrics.items():
-        metric, comma, of_filter = name.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        error = metrics.get(f"{metric}_stderr,{of_filter}")
-        found[name] = (float(value), float(error) if isinstance(error, int | float) else None)
-    return found
 
 
 def write_results(

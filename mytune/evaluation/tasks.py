@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mytune.errors import ConfigError, DataError, ResourceError, TuneError
+from mytune.errors import ConfigError, DataError, ResourceError
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -205,8 +205,6 @@ def _load(manager: TaskManager, name: str) -> Tasks:
     """Load a task and its data; what can go wrong there is not ours, but its reason can be told."""
     try:
         return dict(manager.load([name]))
-    except TuneError:
-        raise
     except Exception as error:
         reason = _reason(error)
         if isinstance(error, StopIteration):
@@ -221,7 +219,7 @@ def _load(manager: TaskManager, name: str) -> Tasks:
 def _set_fewshot(task: Any, number: int | None) -> None:
     own = task.get_config("num_fewshot")
     if number is None or own == 0:
-        if number and own == 0:
+        if number:
             log.warning("task %s keeps its num_fewshot of 0", task.task_name)
         number = own or 0
     task.set_config(key="num_fewshot", value=number)

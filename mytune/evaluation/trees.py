@@ -32,18 +32,19 @@ class Tree:
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.branches: list[Branch] = []
-        self.paths: dict[int, list[int]] = {}
-        self._path: list[int] = []
+        self.paths: dict[int, np.ndarray] = {}  # not lists: there are many
+        self._path = np.empty(0, dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def add(self, key: int, sequence: Sequence[int], shared: int) -> None:
         """Add a sequence whose first `shared` tokens are those of the one added before."""
-        start, parent = len(self), self._path[shared - 1] if shared else -1
+        start, parent = len(self), int(self._path[shared - 1]) if shared else -1
         self.tokens += sequence[shared:]
         self.positions += range(shared, len(sequence))
-        self._path = self._path[:shared] + list(range(start, len(self)))
+        own = np.arange(start, len(self), dtype=np.int32)
+        self._path = np.concatenate((self._path[:shared], own))
         self.paths[key] = self._path
         if len(self) > start:
             self.branches.append(Branch(start, len(self), parent))

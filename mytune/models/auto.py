@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,20 @@ def sizes_of_checkpoint(checkpoint_dir: str) -> DecoderConfig:
         if not file.is_file():
             continue
         try:
-            return read(json.loads(file.read_text()))
-        except (KeyError, TypeError, ValueError) as error:
+            sizes = read(json.loads(file.read_text()))
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise CheckpointError(f"{file} does not describe a Llama model: {error!r}") from error
+        numbers = {f.name: getattr(sizes, f.name) for f in fields(sizes) if f.type == "int"}
+        if wrong := [f"{k} is {n!r}" for k, n in numbers.items() if type(n) is not int or n < 1]:
+            raise CheckpointError(f"{file} does not describe a Llama model: {', '.join(wrong)}")
+        return sizes
     raise CheckpointError(f"{folder} has neither config.json (Hugging Face) nor params.json (Meta)")
 
 
@@ -81,9 +93,15 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def sizes_from_meta(params: Mapping[str, Any]) -> DecoderConfig:
-    """Read Meta's `params.json`, which does not say the positions: 8192, scaled 131,072."""
+    """Read Meta's `params.json`.
+
+    It does not say the positions: 8192, scaled 131,072; nor what Llama 3.2's small models differ
+    in from 3.1's: a larger RoPE factor, and a head that is the embedding.
+    """
     dim, heads = params["dim"], params["n_heads"]
     scaled = params.get("use_scaled_rope", False)
+    small = scaled and dim < 4096
+    factor = params.get("rope_scaling_factor") or (32.0 if small else 8.0)
     return DecoderConfig(
         vocab_size=params["vocab_size"],
         num_layers=params["n_layers"],
@@ -97,7 +115,8 @@ def sizes_from_meta(params: Mapping[str, Any]) -> DecoderConfig:
         max_seq_len=131_072 if scaled else 8192,
         norm_eps=params.get("norm_eps", 1e-5),
         rope_base=params.get("rope_theta", 10_000.0),
-        rope_scaling=RopeScaling(params.get("rope_scaling_factor") or 8.0) if scaled else None,
+        rope_scaling=RopeScaling(factor) if scaled else None,
+        tie_word_embeddings=small,
     )
 
 

@@ -208,10 +208,16 @@ def lora_config_from_peft(config: Mapping[str, Any]) -> LoRAConfig:
     """
     if missing := {"target_modules", "r", "lora_alpha"} - config.keys():
         raise CheckpointError(f"adapter_config.json lacks {', '.join(sorted(missing))}")
+    rank, alpha = config["r"], config["lora_alpha"]
+    if type(rank) is not int or type(alpha) not in (int, float):
+        raise CheckpointError(
+            f"adapter_config.json: r is {rank!r} and lora_alpha {alpha!r}; r must be a whole "
+            "number and lora_alpha a number"
+        )
     return LoRAConfig(
         modules=tuple(sorted(config["target_modules"])),
-        rank=config["r"],
-        alpha=config["lora_alpha"],
+        rank=rank,
+        alpha=alpha,
         dropout=config.get("lora_dropout", 0.0),
         use_dora=config.get("use_dora", False),
         use_rslora=config.get("use_rslora", False),

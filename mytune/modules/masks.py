@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mytune._triton import HAS_TRITON
-
 Mask = Tensor | BlockMask
 
 _BLOCK = 128  # FlexAttention's
@@ -88,24 +86,6 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
     out: Tensor = attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return out
-
-
-def attend_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Return attention's output [b, k, g, e] for one position's queries, by heads of keys.
-
-    Args:
-        q: [b, k, g, e].
-        k: [b, k, t, e].
-        v: [b, k, t, e].
-        mask: [b, 1, 1, t]: bool, or added to the scores; all keys are seen if not given.
-    """
-    if q.is_cuda and HAS_TRITON:
-        from mytune.modules.attention_triton import attend_one, takes
-
-        if takes(q, k, v, mask):
-            out: Tensor = attend_one(q, k, v, mask)
-            return out
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 @cache

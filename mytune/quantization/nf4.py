@@ -154,7 +154,6 @@ class NF4Linear(nn.Module):
     Args:
         in_features: width of the input.
         out_features: width of the output.
-        bias: add a bias, in `dtype`.
         device: of the parameters, `"meta"` for none yet.
         dtype: of what `dequantize` returns, unless `quantize_` sees another; products are made in
             the dtype of the input.
@@ -163,13 +162,11 @@ class NF4Linear(nn.Module):
     codes: nn.Parameter
     scales: nn.Parameter
     steps: nn.Parameter
-    bias: nn.Parameter | None
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -183,13 +180,9 @@ class NF4Linear(nn.Module):
             ("codes", (blocks, BLOCK // 2), torch.uint8),
             ("scales", (groups, GROUP), torch.uint8),
             ("steps", (groups, 1), torch.bfloat16),
-            ("bias", (out_features,), self.dtype),
         ):
             empty = torch.empty(shape, dtype=of, device=device)
-            wanted = name != "bias" or bias
-            self.register_parameter(
-                name, nn.Parameter(empty, requires_grad=False) if wanted else None
-            )
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     @torch.no_grad()
     def quantize_(
@@ -248,12 +241,11 @@ class NF4Linear(nn.Module):
         y: Tensor = _NF4Product.apply(  # type: ignore[no-untyped-call]
             x, self.codes, self.scales, self.steps, self._shape
         )
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, dtype={self.dtype}"
+            f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"
         )
 
 
@@ -270,7 +262,7 @@ class NF4Embedding(NF4Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(embedding_dim, num_embeddings, False, device, dtype)
+        super().__init__(embedding_dim, num_embeddings, device, dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -294,6 +286,7 @@ def apply_nf4(
 ) -> None:
     """Put an `NF4Linear` in the place of every linear whose last name is not in `skip`.
 
+    One with a bias stays as it is: a Llama has none.
     Weights that exist are quantized; on the meta device the new ones wait for `quantize_`.
 
     Args:
@@ -301,26 +294,14 @@ def apply_nf4(
     """
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
-            if type(module) is nn.Linear and name not in skip:
-                setattr(parent, name, _quantized_linear(module))
+            kind: type[NF4Linear]
+            if type(module) is nn.Linear and module.bias is None and name not in skip:
+                kind, sizes = NF4Linear, (module.in_features, module.out_features)
             elif type(module) is nn.Embedding and embeddings:
-                setattr(parent, name, _quantized_embedding(module))
-
-
-def _quantized_linear(linear: nn.Linear) -> NF4Linear:
-    weight, bias = linear.weight, linear.bias
-    sizes = linear.in_features, linear.out_features
-    twin = NF4Linear(*sizes, bias is not None, "meta", weight.dtype)
-    if not weight.is_meta:
-        twin.quantize_(weight)
-    if bias is not None:
-        twin.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return twin
-
-
-def _quantized_embedding(embedding: nn.Embedding) -> NF4Embedding:
-    weight = embedding.weight
-    twin = NF4Embedding(embedding.num_embeddings, embedding.embedding_dim, "meta", weight.dtype)
-    if not weight.is_meta:
-        twin.quantize_(weight)
-    return twin
+                kind, sizes = NF4Embedding, (module.num_embeddings, module.embedding_dim)
+            else:
+                continue
+            quantized = kind(*sizes, "meta", module.weight.dtype)
+            if not module.weight.is_meta:
+                quantized.quantize_(module.weight)
+            setattr(parent, name, quantized)

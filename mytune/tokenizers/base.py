@@ -43,7 +43,6 @@ class ModelTokenizer(Protocol):
 
     bos_id: int
     eos_id: int
-    eot_id: int
     pad_id: int
     stop_tokens: list[int]
     vocab_size: int

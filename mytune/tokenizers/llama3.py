@@ -174,14 +174,7 @@ class Llama3Tokenizer:
         return b"" if token_id in self._special_ids else self._token_bytes(token_id)
 
 
-def llama3_tokenizer(
-    path: str | Path,
-    max_seq_len: int | None = None,
-    special_tokens_path: str | Path | None = None,
-    prompt_template: TemplateSpec = None,
-) -> Llama3Tokenizer:
-    """Build the tokenizer of any Llama 3; the arguments are those of `Llama3Tokenizer`."""
-    return Llama3Tokenizer(path, max_seq_len, special_tokens_path, prompt_template)
+llama3_tokenizer = Llama3Tokenizer  # the name that configs know
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -110,6 +110,7 @@ def test_results_that_were_not_measured_alike_are_told():
         "a: n-shot was 0 for the base and is 2",
         "b: n-samples was 3 for the base and is 4",
     ]
+    assert differing(results(config="- seed", versions=None), tuned, "seed: 1") == []
 
 
 def test_a_continuation_that_never_fits_is_shown(random_pair):

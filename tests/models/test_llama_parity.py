@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -125,6 +126,41 @@ def test_meta_params_give_llama_8b():
         "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500000.0,
     }  # fmt: skip
     assert sizes_from_meta(params) == llama3.LLAMA3_8B
+
+
+@pytest.mark.parametrize("size", ["1B", "3B"])
+def test_meta_params_give_llama_3_2(size):
+    params = {
+        "1B": {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5},
+        "3B": {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0},
+    }[size] | {
+        "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 256, "norm_eps": 1e-5,
+        "rope_theta": 500000.0, "use_scaled_rope": True,
+    }  # fmt: skip
+    assert sizes_from_meta(params) == getattr(llama3_2, f"LLAMA3_2_{size}")
+
+
+WRONG = {
+    "AttributeError": {"rope_scaling": "yarn"},
+    "ZeroDivisionError": {"num_attention_heads": 0},
+    "vocab_size is '10'": {"vocab_size": "10"},
+    "num_layers is -1": {"num_hidden_layers": -1},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_config_with_wrong_values_is_told(tmp_path, message):
+    right = tiny_llama().config.to_dict() | {"head_dim": None, "rope_parameters": None}
+    (tmp_path / "config.json").write_text(json.dumps(right | WRONG[message]))
+    with pytest.raises(CheckpointError, match=f"config.json does not describe .*{message}"):
+        auto.auto_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000], ids=["list", "null", "deep"])
+def test_a_config_that_is_none_is_told(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json does not describe a Llama model"):
+        auto.auto_model(str(tmp_path))
 
 
 def test_a_config_we_cannot_compute_is_refused_by_key():
