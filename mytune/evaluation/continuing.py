@@ -33,7 +33,7 @@ class SharedDecoding(Decoding):
         super().__init__(model, prompts, enable_kv_cache=enable_kv_cache, **rest)
         unread = [prompt[:-1] for prompt in prompts]  # the last token's logits are still to come
         if enable_kv_cache and any(unread):
-            cache = self._reader.cache  # type: ignore[attr-defined]
+            cache = self._reader.cache  # type: ignore[union-attr]
             _read_as_trees(model, unread, cache)
             self._tokens = self._tokens[:, -1:]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mytune.errors import ConfigError, NumericalError
 from mytune.generation.kv_cache import KVCache
 from mytune.generation.packing import can_compile
-from mytune.generation.reading import CachedReader, Reader, StaticReader, UncachedReader
+from mytune.generation.reading import CachedReader, StaticReader, UncachedReader
 from mytune.generation.sampling import Sampler, Sampling, check_sampling
 from mytune.modules.decoder import Decoder, DecoderConfig
 
@@ -146,7 +146,7 @@ class Decoding:
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
         self._choose = Sampler(repeated, model.config.vocab_size, device, generator, sampling)
         if memory:
-            self._reader: Reader = memory.reader
+            self._reader: CachedReader | UncachedReader = memory.reader
         elif enable_kv_cache:
             length = self._tokens.shape[1] + max(limits)
             self._reader = _cached_reader(model, len(prompts), length, pads, compile)
@@ -164,11 +164,7 @@ class Decoding:
         if self._begun:
             raise RuntimeError("a Decoding can be iterated once")
         self._begun = True
-        steps = max(row.left for row in self.rows)
-        decoded = _decode(
-            self._reader, self._tokens, self._choose, self._samples, steps, self._logprobs
-        )
-        for chosen, logprobs in decoded:
+        for chosen, logprobs in self._decode(max(row.left for row in self.rows)):
             step = [
                 self._take(row, token, logprob)
                 for row, (token, logprob) in enumerate(zip(chosen, logprobs, strict=True))
@@ -176,6 +172,27 @@ class Decoding:
             yield step
             if not any(row.left for row in self.rows):
                 return
+
+    def _decode(self, steps: int) -> Iterator[tuple[list[int], Sequence[float | None]]]:
+        """Yield every row's next token and, if wanted, its log-probability, for so many steps."""
+        logits = self._reader.read(self._tokens)
+        if not logits.isfinite().all():
+            raise NumericalError(
+                "the model's logits are not finite: its weights are damaged, or too large for dtype"
+            )
+        if self._samples > 1:
+            self._reader.repeat(self._samples)
+            logits = logits.repeat_interleave(self._samples, dim=0)
+        for left in range(steps - 1, -1, -1):
+            chosen = self._choose(logits)
+            arrive = _send([chosen, _logprobs(logits, chosen)] if self._logprobs else [chosen])
+            ahead = _reads_ahead(chosen.device)
+            if left and ahead:
+                logits = self._reader.read(chosen[:, None])
+            ids, *values = arrive()
+            yield ids, values[0] if values else [None] * len(ids)
+            if left and not ahead:
+                logits = self._reader.read(chosen[:, None])
 
     def _take(self, number: int, token: int, logprob: float | None) -> int | None:
         """Add a token to a row; return None if it has ended."""
@@ -255,33 +272,6 @@ def generate_batch(
     for _ in decoding:
         pass
     return [row.tokens for row in decoding.rows]
-
-
-def _decode(
-    reader: Reader, tokens: Tensor, choose: Sampler, samples: int, steps: int, logprobs: bool
-) -> Iterator[tuple[list[int], Sequence[float | None]]]:
-    """Yield every row's next token and, if wanted, its log-probability, for so many steps.
-
-    `tokens` [b, s] is what is not read yet. After them each row becomes `samples` rows.
-    """
-    logits = reader.read(tokens)
-    if not logits.isfinite().all():
-        raise NumericalError(
-            "the model's logits are not finite: its weights are damaged, or too large for dtype"
-        )
-    if samples > 1:
-        reader.repeat(samples)
-        logits = logits.repeat_interleave(samples, dim=0)
-    for left in range(steps - 1, -1, -1):
-        chosen = choose(logits)
-        arrive = _send([chosen, _logprobs(logits, chosen)] if logprobs else [chosen])
-        ahead = _reads_ahead(chosen.device)
-        if left and ahead:
-            logits = reader.read(chosen[:, None])
-        ids, *values = arrive()
-        yield ids, values[0] if values else [None] * len(ids)
-        if left and not ahead:
-            logits = reader.read(chosen[:, None])
 
 
 def _reads_ahead(device: torch.device) -> bool:

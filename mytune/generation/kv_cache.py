@@ -16,11 +16,7 @@ class KVCache:
     newest positions, set `filled` to a lower number.
 
     Args:
-        config: the decoder's sizes.
-        batch_size: rows that are decoded together.
         length: positions of a row, prompt and new tokens.
-        device: of the decoder.
-        dtype: of the decoder's keys.
     """
 
     def __init__(

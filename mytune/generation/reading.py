@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,6 @@ from mytune.generation.kv_cache import KVCache
 from mytune.modules.decoder import Decoder, Rope, rope_angles
 
 _WARM_UP = 3  # steps before a CUDA graph is recorded: kernels are compiled and chosen in them
-
-
-class Reader(Protocol):
-    """Reads rows of tokens, left-padded, and remembers them."""
-
-    def read(self, tokens: Tensor) -> Tensor:
-        """Read the next tokens [b, s] of every row; return the logits after the last, [b, v]."""
-
-    def repeat(self, times: int) -> None:
-        """Make `times` rows of every row, side by side."""
 
 
 class CachedReader:

@@ -115,15 +115,7 @@ def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class Sampler:
-    """Chooses a token for every row, and remembers what rows have seen where that matters.
-
-    Args:
-        rows: the prompt of each row.
-        vocab_size: of the logits.
-        device: of the logits.
-        generator: of the logits' device.
-        sampling: see `sample`.
-    """
+    """Chooses a token for every row, and remembers what rows have seen where that matters."""
 
     def __init__(
         self,
