@@ -56,7 +56,7 @@ _WHERE = {
     "refuse_replicated": "optimizers",
     "refuse_sharded": "optimizers",
     "MemoryPlan": "plan",
-    "StepSettings": "plan",
+    "StepSettings": "simulate",
     "device_memory": "plan",
     "fewest_ranks": "plan",
     "fewest_recomputed_blocks": "plan",

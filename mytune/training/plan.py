@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mytune.config import Component
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
 from mytune.training.activations import checkpoint_activations
 from mytune.training.optimizer_size import optimizer_size
-from mytune.training.simulate import Peak, kernels_of, meta_batch, set_meta_dtype, simulate_step
+from mytune.training.simulate import (
+    Peak,
+    StepSettings,
+    kernels_of,
+    meta_batch,
+    set_meta_dtype,
+    simulate_step,
+)
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -29,42 +35,6 @@ GIB = 2**30
 _CONTEXT = {"cpu": 0.4 * GIB}
 _OTHER_CONTEXT = 0.6 * GIB
 _UNUSABLE = 0.02
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSettings:
-    """What of a run decides how much memory it takes; defaults are a plain run on one device."""
-
-    optimizer: Component
-    dtype: torch.dtype
-    batch_size: int
-    seq_len: int
-    device: str = "cuda"
-    # Several documents in a row, which takes a mask.
-    packed: bool = False
-    gradient_accumulation_steps: int = 1
-    # Numbers of the blocks that are recomputed, and whether they keep their products.
-    recompute: Collection[int] = ()
-    keep_products: bool = False
-    offload: bool = False
-    compile: bool = False
-    optimizer_in_bwd: bool = False
-    # Ranks that a parameter is cut over; whether blocks are given back after their forward pass.
-    shard_ranks: int = 1
-    reshard: bool = True
-    # Shards, gradients and optimizer state wait in the CPU's memory.
-    cpu_offload: bool = False
-    # Whole gradients are kept until the last micro-batch, then summed over ranks once.
-    sync_every_micro_batch: bool = False
-
-    @property
-    def share(self) -> float:
-        """The part of parameters and their optimizer state that a device keeps."""
-        return 0.0 if self.cpu_offload and self.shard_ranks > 1 else 1 / self.shard_ranks
-
-    @property
-    def accumulates(self) -> bool:
-        return self.gradient_accumulation_steps > 1
 
 
 @dataclass(frozen=True)
@@ -162,38 +132,16 @@ def _nbytes(module: nn.Module, trained: bool = False) -> int:
     return sum(p.nbytes for p in module.parameters() if p.requires_grad or not trained)
 
 
-def _kept_of_gradient(gradient: Tensor, settings: StepSettings) -> int:
-    """Return the bytes that a gradient takes from when it is there to the optimizer's step.
-
-    Whole ones that wait for the last micro-batch to be summed over ranks are float32.
-    """
-    if settings.shard_ranks > 1 and settings.accumulates and not settings.sync_every_micro_batch:
-        return 4 * gradient.numel()
-    return int(gradient.nbytes * settings.share)
-
-
 def _simulate(model: Decoder, loss_fn: Loss, settings: StepSettings) -> Peak:
     model.train()
     if settings.compile:
         from mytune.training.partition import partition_blocks  # imports torch's compiler
 
-        shape = settings.batch_size, settings.seq_len
-        batch = meta_batch(*shape, settings.packed, settings.device)
+        batch = meta_batch(settings)
         with kernels_of(settings.device, compiled=True):
             partition_blocks(model, lambda: loss_fn(model, batch))
     checkpoint_activations(model, settings.recompute, settings.keep_products)
-    return simulate_step(
-        model,
-        loss_fn,
-        batch_size=settings.batch_size,
-        seq_len=settings.seq_len,
-        packed=settings.packed,
-        device=settings.device,
-        accumulate=settings.accumulates,
-        offload=settings.offload,
-        optimizer_in_bwd=settings.optimizer_in_bwd,
-        kept_of_gradient=lambda gradient: _kept_of_gradient(gradient, settings),
-    )
+    return simulate_step(model, loss_fn, settings)
 
 
 def fewest_recomputed_blocks(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mytune.config import Component
 from mytune.modules import loss as losses
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
@@ -37,6 +40,42 @@ def set_meta_dtype(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What of a run decides how much memory it takes; defaults are a plain run on one device."""
+
+    optimizer: Component
+    dtype: torch.dtype
+    batch_size: int
+    seq_len: int
+    device: str = "cuda"
+    # Several documents in a row, which takes a mask.
+    packed: bool = False
+    gradient_accumulation_steps: int = 1
+    # Numbers of the blocks that are recomputed, and whether they keep their products.
+    recompute: Collection[int] = ()
+    keep_products: bool = False
+    offload: bool = False
+    compile: bool = False
+    optimizer_in_bwd: bool = False
+    # Ranks that a parameter is cut over; whether blocks are given back after their forward pass.
+    shard_ranks: int = 1
+    reshard: bool = True
+    # Shards, gradients and optimizer state wait in the CPU's memory.
+    cpu_offload: bool = False
+    # Whole gradients are kept until the last micro-batch, then summed over ranks once.
+    sync_every_micro_batch: bool = False
+
+    @property
+    def share(self) -> float:
+        """The part of parameters and their optimizer state that a device keeps."""
+        return 0.0 if self.cpu_offload and self.shard_ranks > 1 else 1 / self.shard_ranks
+
+    @property
+    def accumulates(self) -> bool:
+        return self.gradient_accumulation_steps > 1
+
+
 class Peak(NamedTuple):
     """Bytes by part when all are largest together, the phase it is in, and each part's own most."""
 
@@ -46,17 +85,7 @@ class Peak(NamedTuple):
 
 
 def simulate_step(
-    model: Decoder,
-    loss_fn: Callable[[Any, Any], Tensor],
-    *,
-    batch_size: int,
-    seq_len: int,
-    packed: bool = False,
-    device: str = "cuda",
-    accumulate: bool = False,
-    offload: bool = False,
-    optimizer_in_bwd: bool = False,
-    kept_of_gradient: Callable[[Tensor], int] | None = None,
+    model: Decoder, loss_fn: Callable[[Any, Any], Tensor], settings: StepSettings
 ) -> Peak:
     """Return what a forward and backward pass hold when they hold most.
 
@@ -65,33 +94,29 @@ def simulate_step(
     `gradients` of parameters.
 
     Args:
-        model: on the meta device, with its final dtypes.
-        device: whose kernels compute: cpu, or cuda for any other.
-        accumulate: gradients of an earlier micro-batch are there already.
-        offload: what autograd saves is elsewhere.
-        optimizer_in_bwd: a gradient is gone as soon as it is there.
-        kept_of_gradient: the bytes that one takes when it is there; its own if not given.
+        model: on the meta device, with its final dtypes, recomputed and compiled as it will run.
     """
     ledger = _Ledger()
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
-        parameter.grad = torch.empty_like(parameter) if accumulate else None
+        parameter.grad = torch.empty_like(parameter) if settings.accumulates else None
     hooks: list[Any] = [model.norm.register_forward_hook(lambda *_: ledger.enter("loss"))]
+    kept = partial(_kept_of_gradient, settings)
 
     def keep(parameter: Tensor) -> None:
-        if optimizer_in_bwd:
+        if settings.optimizer_in_bwd:
             parameter.grad = None
         else:
-            ledger.count(parameter.grad, "gradients", kept_of_gradient)
+            ledger.count(parameter.grad, "gradients", kept)
 
     hooks += [p.register_post_accumulate_grad_hook(keep) for p in trained]
-    batch = meta_batch(batch_size, seq_len, packed, device)
-    with kernels_of(device), ledger:
+    batch = meta_batch(settings)
+    with kernels_of(settings.device), ledger:
         for tensor in batch.values():
             ledger.count(tensor, "activations")
-        for parameter in trained if accumulate else ():
-            ledger.count(parameter.grad, "gradients", kept_of_gradient)
-        with _elsewhere(model) if offload else _nothing():
+        for parameter in trained if settings.accumulates else ():
+            ledger.count(parameter.grad, "gradients", kept)
+        with _elsewhere(model) if settings.offload else _nothing():
             loss = loss_fn(model, batch)
         ledger.enter("working")
         torch.autograd.backward(loss)
@@ -102,16 +127,26 @@ def simulate_step(
     return Peak(dict(ledger.peak), ledger.moment, dict(ledger.most))
 
 
-def meta_batch(batch_size: int, seq_len: int, packed: bool, device: str) -> dict[str, Tensor]:
+def _kept_of_gradient(settings: StepSettings, gradient: Tensor) -> int:
+    """Return the bytes that a gradient takes from when it is there to the optimizer's step.
+
+    Whole ones that wait for the last micro-batch to be summed over ranks are float32.
+    """
+    if settings.shard_ranks > 1 and settings.accumulates and not settings.sync_every_micro_batch:
+        return 4 * gradient.numel()
+    return int(gradient.nbytes * settings.share)
+
+
+def meta_batch(settings: StepSettings) -> dict[str, Tensor]:
     """Return a batch as `to_device` makes it, all of whose tokens are trained.
 
     On CUDA packed rows are as others: FlexAttention keeps what FlashAttention does, and no mask.
     """
-    names = ["tokens", "labels", *(["positions"] if packed else [])]
-    names += ["document_ids"] if packed and device != "cuda" else []
-    shape = (batch_size, seq_len)
+    names = ["tokens", "labels", *(["positions"] if settings.packed else [])]
+    names += ["document_ids"] if settings.packed and settings.device != "cuda" else []
+    shape = (settings.batch_size, settings.seq_len)
     batch = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in names}
-    return {**batch, "target_index": batch["labels"].new_empty(batch_size * seq_len)}
+    return {**batch, "target_index": batch["labels"].new_empty(batch["labels"].numel())}
 
 
 class _Ledger(TorchDispatchMode):
