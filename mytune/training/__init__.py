@@ -36,8 +36,6 @@ _WHERE = {
     "get_cosine_schedule_with_warmup": "lr_schedulers",
     "get_linear_schedule_with_warmup": "lr_schedulers",
     "get_lr": "lr_schedulers",
-    "LiveBytes": "memory",
-    "count_saved_bytes": "memory",
     "memory_stats": "memory",
     "reset_peak_memory": "memory",
     "CometLogger": "metric_logging",

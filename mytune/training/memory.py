@@ -1,18 +1,12 @@
-"""How much memory a run takes: what the device says, and what can be counted on any device."""
+"""How much memory a run takes, as the device or the system says."""
 
 from __future__ import annotations
 
 import sys
-import weakref
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 def memory_stats(device: torch.device) -> dict[str, float]:
@@ -60,58 +54,3 @@ def _peak_rss() -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
     return 0
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is entered, the same on every device.
-
-    `now` is what is alive of them, also for a backward pass; `peak` the most that was at once.
-    Tensors that were there before (parameters, a batch) do not count, nor does what a kernel
-    takes for itself, nor what compiled code makes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref[UntypedStorage]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        for tensor in _tensors((args, kwargs)):  # a view of what was there before is not new
-            self._note(tensor, counts=False)
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            self._note(tensor, counts=True)
-        return result
-
-    def _note(self, tensor: Tensor, counts: bool) -> None:
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes() if counts else 0
-        if key in self._known:
-            return
-
-        def forget(_: object) -> None:
-            del self._known[key]
-            self.now -= size
-
-        self._known[key] = weakref.ref(storage, forget)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def count_saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """Return the bytes that a forward pass keeps for its backward pass.
-
-    All of them: what autograd saves, and what checkpointing and our own functions keep beside it.
-    Storages count once; parameters, what `forward` is given and the loss do not. Run it once
-    before, where caches are filled in the first pass.
-    """
-    live = LiveBytes()
-    with live:
-        loss = forward()
-        return live.now - loss.untyped_storage().nbytes()

@@ -96,7 +96,7 @@ def simulate_step(
     Args:
         model: on the meta device, with its final dtypes, recomputed and compiled as it will run.
     """
-    ledger = _Ledger()
+    ledger = Ledger()
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter) if settings.accumulates else None
@@ -149,8 +149,12 @@ def meta_batch(settings: StepSettings) -> dict[str, Tensor]:
     return {**batch, "target_index": batch["labels"].new_empty(batch["labels"].numel())}
 
 
-class _Ledger(TorchDispatchMode):
-    """Who holds how many bytes now, and at the peak. Weights are not new, so they do not count."""
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is entered, by part: those alive now, and the peak.
+
+    The same on every device. Tensors that were there before (weights, a batch) do not count unless
+    they are given to `count`, nor does what compiled code makes.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -23,13 +23,13 @@ from mytune.models.llama3 import llama3_8b, lora_llama3_8b, qlora_llama3_8b
 from mytune.modules import Decoder, LinearCrossEntropyLoss
 from mytune.quantization import NF4Linear
 from mytune.training import (
-    LiveBytes,
     StepInBackward,
     checkpoint_activations,
     offload_activations,
     optimizer_state,
     recomputed_blocks,
 )
+from mytune.training.simulate import Ledger
 from tests.benchmarks.common import THREADS, Row
 
 TITLE = "Memory"
@@ -105,7 +105,7 @@ def measure_lever(method: str, build: Callable[[], Decoder], lever: Lever) -> Ro
     }
 
 
-class Counting(LiveBytes):
+class Counting(Ledger):
     """Counts floating-point operations, too: FlopCounterMode keeps tensors alive."""
 
     flop = 0
@@ -152,11 +152,11 @@ def count(
             with offload_activations(model, offload) as waiting:
                 loss = LinearCrossEntropyLoss()(model, batch)
             away = waiting.nbytes if waiting else 0  # on the CPU a copy to the CPU is no copy
-            kept = counting.now - away
+            kept = counting.now.total() - away
             loss.backward()
         weights = sum(p.nbytes for p in model.parameters())
         size = sum(p.numel() for p in trained)
-    return Counted(kept, away, weights + counting.peak - away, counting.flop, size)
+    return Counted(kept, away, weights + counting.peak.total() - away, counting.flop, size)
 
 
 def in_bfloat16(build: Callable[[], Decoder]) -> Decoder:

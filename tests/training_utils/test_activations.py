@@ -16,11 +16,11 @@ from mytune.modules import LinearCrossEntropyLoss
 from mytune.training import (
     checkpoint_activations,
     compile_blocks,
-    count_saved_bytes,
     offload_activations,
     recomputed_blocks,
 )
 from mytune.training.activations import _Copies
+from mytune.training.simulate import Ledger
 
 SIZES = dict(vocab_size=64, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=16)
 LOSS = LinearCrossEntropyLoss()
@@ -75,11 +75,29 @@ def test_recomputing_compiled_blocks_changes_no_number(monkeypatch, keep_product
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+def saved_bytes(forward):
+    """Return the bytes, beside the loss, that a forward pass keeps for its backward pass."""
+    with Ledger() as ledger:
+        loss = forward()
+        return ledger.now.total() - loss.untyped_storage().nbytes()
+
+
+def test_what_a_forward_pass_keeps_is_counted_once_and_without_parameters():
+    x, weight = torch.ones(10, 20), torch.ones(30, 20, requires_grad=True)
+
+    def forward():
+        y = x @ weight.T  # keeps x, which was given, and a view of the weight
+        z = (y.exp() * 2).exp()  # each exp keeps its result; the product, which is dropped, nothing
+        return (z.view(-1) * z.view(-1)).sum()  # keeps z, which is kept already
+
+    assert saved_bytes(forward) == 2 * 4 * 10 * 30
+
+
 def cost(*arguments):
     """Return (bytes kept, FLOP of a forward and backward pass)."""
     model = build()
     checkpoint_activations(model, *arguments)
-    kept = count_saved_bytes(partial(LOSS, model, batch()))
+    kept = saved_bytes(partial(LOSS, model, batch()))
     with FlopCounterMode(display=False) as flop:
         LOSS(model, batch()).backward()
     return kept, flop.get_total_flops()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mytune.errors import ConfigError
-from mytune.training.memory import LiveBytes, count_saved_bytes, memory_stats, reset_peak_memory
+from mytune.training.memory import memory_stats, reset_peak_memory
 from mytune.training.profiler import setup_torch_profiler
 
 CPU = torch.device("cpu")
@@ -36,32 +36,6 @@ def test_on_cuda_the_names_are_torchtunes(monkeypatch):
         "peak_memory_alloc": 0.5,
         "peak_memory_reserved": 2.0,
     }
-
-
-def test_what_a_forward_pass_keeps_is_counted_once_and_without_parameters():
-    x, weight = torch.ones(10, 20), torch.ones(30, 20, requires_grad=True)
-
-    def forward():
-        y = x @ weight.T  # keeps x, which was given, and a view of the weight
-        z = (y.exp() * 2).exp()  # each exp keeps its result; the product, which is dropped, nothing
-        return (z.view(-1) * z.view(-1)).sum()  # keeps z, which is kept already
-
-    assert count_saved_bytes(forward) == 2 * 4 * 10 * 30
-
-
-def test_bytes_alive_come_back_and_the_peak_stays():
-    with LiveBytes() as live:
-        a = torch.ones(1000)
-        b = a + 1
-        assert live.now == live.peak == 8000
-        del b
-        assert (live.now, live.peak) == (4000, 8000)
-        a.add_(1)
-        c = a[:10].view(2, 5)
-        del a
-        assert (live.now, live.peak) == (4000, 8000)
-        del c
-        assert live.now == 0
 
 
 def test_a_disabled_profiler_writes_nothing(tmp_path):
