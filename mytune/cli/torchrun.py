@@ -50,7 +50,9 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
         folder = Path(name)
         failure = None
         try:
-            with _environment(name), _pass_signals_on(folder):
+            # Where workers leave their outcome; and they import nothing from the cwd.
+            settings = {FOLDER: name, "PYTHONSAFEPATH": "1"}
+            with _environment(**settings), _pass_signals_on(folder):
                 run.run(args)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
             codes = [(each.exitcode, rank) for rank, each in error.failures.items()]
@@ -80,13 +82,8 @@ def as_one_of(options: Sequence[str]) -> Iterator[None]:
     nodes = args.nnodes.partition(":")[0]
     if not nodes.isdecimal() or not int(nodes):
         raise ConfigError(f"--nnodes is {args.nnodes}; it can be a number or MIN:MAX")
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(per_node * int(nodes))
-    try:
+    with _environment(WORLD_SIZE=str(per_node * int(nodes))):
         yield
-    finally:
-        os.environ.pop("WORLD_SIZE")
-        os.environ.update({"WORLD_SIZE": before} if before else {})
 
 
 def _last_attempt(folder: Path) -> Path:
@@ -139,10 +136,10 @@ def _share_cores(processes: int) -> None:
 
 
 @contextmanager
-def _environment(folder: str) -> Iterator[None]:
-    """Tell the workers where to leave their outcome, and to import nothing from the cwd."""
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for as long as the block lasts."""
     before = dict(os.environ)
-    os.environ.update({FOLDER: folder, "PYTHONSAFEPATH": "1"})
+    os.environ.update(values)
     try:
         yield
     finally:

@@ -126,7 +126,7 @@ def read_config(
     read = config_file is None or _read_file(tree, config_file, name)
     apply_overrides(tree, overrides)
     tree.values = {key: _translate(tree, value, (key,)) for key, value in tree.values.items()}
-    _check_keys(tree, name)
+    _check_keys(tree)
     if read:
         _check_missing(tree, name)
     typed = make_typed(tree)
@@ -183,7 +183,7 @@ def _translate(tree: Tree, node: Any, path: Keys) -> Any:
     return name
 
 
-def _check_keys(tree: Tree, name: str) -> None:
+def _check_keys(tree: Tree) -> None:
     """Report unknown keys; take retired ones out."""
     names = tree.schema.names
     for key in [key for key in tree.values if key not in names]:

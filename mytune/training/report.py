@@ -37,7 +37,6 @@ def write_report(
     device: torch.device,
     locations: Mapping[str, str | Path] | None = None,
     metrics: str | Path | None = None,
-    title: str = "",
 ) -> dict[str, Path]:
     """Write summary and loss curve of a run, on rank 0 only.
 
@@ -56,7 +55,7 @@ def write_report(
     folder = Path(output_dir).expanduser()
     rows = read_metrics(Path(metrics or folder / "metrics.jsonl"))
     written = {"summary": folder / "summary.json"}
-    if curve := draw_loss_curve(rows, title or folder.name):
+    if curve := draw_loss_curve(rows, folder.name):
         written["loss_curve"] = folder / "loss_curve.png"
         write_atomic(written["loss_curve"], curve)
     summary = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -116,7 +116,7 @@ def simulate_step(
             ledger.count(tensor, "activations")
         for parameter in trained if settings.accumulates else ():
             ledger.count(parameter.grad, "gradients", kept)
-        with _elsewhere(model) if settings.offload else _nothing():
+        with _elsewhere(model) if settings.offload else nullcontext():
             loss = loss_fn(model, batch)
         ledger.enter("working")
         torch.autograd.backward(loss)
@@ -227,11 +227,6 @@ _INSIDE: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     _aten._scaled_dot_product_efficient_attention_backward.default: _flash_backward,
 }
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager
