@@ -40,7 +40,19 @@ _OURS = (
     "training.*setup_torch_profiler",
     "quantization.?*Quantizer",
 )
-_OTHERS = ["torch.optim", "torch.nn", "torchao", "bitsandbytes.optim"]
+# Of other packages only classes of these kinds: they have functions that run or write anything.
+_OPTIMIZER = "torch.optim.optimizer.Optimizer"
+_OTHERS = {
+    "torch.optim": (_OPTIMIZER, "torch.optim.lr_scheduler.LRScheduler"),
+    "torch.nn": ("torch.nn.modules.module.Module",),
+    "torchao": (
+        _OPTIMIZER,
+        "torchao.core.config.AOBaseConfig",
+        "torchao.quantization.granularity.Granularity",
+        "enum.Enum",
+    ),
+    "bitsandbytes.optim": (_OPTIMIZER,),
+}
 _PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
 _INSTALL = {"torchao": "pip install 'torchao>=0.18'"}
 
@@ -141,7 +153,7 @@ def find_component(name: str) -> Any:
         raise ConfigError(f"{name!r} is neither a function nor a class")
     if name.startswith("mytune.") and not _is_ours(name):
         raise ConfigError(f"{name!r} is not a component: no config is made of it")
-    if why := _foreign(found):
+    if why := _foreign(found) or _another_kind(name, found):
         raise ConfigError(f"{name!r} is not allowed: it {why}")
     return found
 
@@ -150,6 +162,18 @@ def _is_ours(name: str) -> bool:
     """Say whether a name of mytune's is one that configs may use."""
     allowed = "mytune" in _allowed_by_user
     return allowed or any(fnmatchcase(name, f"mytune.{pattern}") for pattern in _OURS)
+
+
+def _another_kind(name: str, found: Any) -> str | None:
+    """Return why an object of another package is none that configs may use; None if it is one."""
+    prefix = next((each for each in _OTHERS if name.startswith(f"{each}.")), None)
+    if prefix is None or any(name.startswith(f"{each}.") for each in _allowed_by_user):
+        return None
+    kinds = {f"{each.__module__}.{each.__qualname__}" for each in getattr(found, "__mro__", ())}
+    if not kinds.isdisjoint(_OTHERS[prefix]):
+        return None
+    wanted = ", ".join(kind.rpartition(".")[2] for kind in _OTHERS[prefix])
+    return f"is no class of these: {wanted}; --allow-component {prefix} lets it in"
 
 
 def _import_module(name: str) -> tuple[ModuleType, list[str]]:

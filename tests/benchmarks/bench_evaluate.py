@@ -4,8 +4,9 @@ all answers in a turn. Answers of the first two must agree; `differ by` is the l
 two log-likelihoods, which lm_eval adds up in float32, or the share of texts that differ. `wide` has
 Llama 3's vocabulary, `deep` one of 768 ids; the tokenizer is that of stories260K, whose ids are
 nearly letters: a question has some 450 ids of examples before it. torchtune begins texts without
-BOS, so its answers are others. They run at once and take turns; times are CPU seconds where there
-is one thread.
+BOS, so its answers are others; where it is missing, it has no model with tied embeddings, or pads
+with ids that the model has not and generates 256 tokens whatever is asked. They run at once and
+take turns; times are CPU seconds where there is one thread.
 """
 
 from __future__ import annotations

@@ -111,11 +111,32 @@ def test_an_object_that_comes_from_elsewhere_is_refused(folder: Path, name: str)
         "torch.optim.AdamW",
         "torch.nn.Linear",
         "torch.optim.lr_scheduler.StepLR",
-        "torch.nn.functional.cross_entropy",
+        "torch.nn.CrossEntropyLoss",
+        "torchao.optim.AdamW8bit",
+        "torchao.quantization.Int8WeightOnlyConfig",
+        "torchao.quantization.PerRow",
+        "torchao.quantization.MappingType",
     ],
 )
 def test_what_belongs_there_is_found(folder: Path, name: str) -> None:
     assert find_component(name).__name__ == name.rpartition(".")[2]
+
+
+# Each could be made to run or to write something.
+NO_COMPONENTS = [
+    "torchao.utils.benchmark_model",
+    "torchao.prototype.pat.utils.instantiate_module",
+    "torchao.quantization.quantize_",
+    "torch.nn.functional.cross_entropy",
+    "torch.nn.utils.rnn.pad_sequence",
+    "torch.optim.swa_utils.update_bn",
+]
+
+
+@pytest.mark.parametrize("name", NO_COMPONENTS)
+def test_functions_of_other_packages_are_refused(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is no class of these: .*--allow-component torch"):
+        find_component(name)
 
 
 def test_a_package_is_let_in_by_the_users_word(load: Load) -> None:
