@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+# What could steer a terminal: texts of files and models can hold it.
+CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
 
 class TuneError(Exception):
     """An error with a message for the user; `tune` prints it without a traceback.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mytune.config import Component, component, instantiate
-from mytune.errors import ConfigError
+from mytune.errors import CONTROL, ConfigError
 from mytune.generation import (
     Decoding,
     Memory,
@@ -45,10 +45,6 @@ HELP = """\
 /reset        forget the conversation
 /quit         leave
 Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
-
-# What a model says must not steer the terminal: control characters but tab and newline.
-CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
-
 
 # The recipe hands nothing to components itself: a config names all that they need.
 SUPPLIED: dict[str, list[str]] = {}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mytune.errors import ResourceError, StoppedEarly, TuneError, is_out_of_memory
+from mytune.errors import CONTROL, ResourceError, StoppedEarly, TuneError, is_out_of_memory
 
 DEBUG = "MYTUNE_DEBUG"  # environment variable, so that the workers of a run see it too
 
@@ -78,7 +78,7 @@ def _explain(error: Exception) -> tuple[int, str]:
         print(trace, file=sys.stderr)
     told = known or _bug(error, trace)
     kind = "stopped early" if isinstance(told, StoppedEarly) else "error"
-    return told.exit_code, redact(f"{kind}: {told}")
+    return told.exit_code, redact(f"{kind}: {told}").translate(CONTROL)
 
 
 def _environment(error: Exception) -> ResourceError | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mytune.config.components import allow, refusal
 from mytune.config.overrides import apply_overrides
-from mytune.config.redact import redact
+from mytune.config.redact import misplaced_secrets, redact
 from mytune.config.schema import Schema, read_schema
 from mytune.config.torchtune import RETIRED, our_name
 from mytune.config.tree import Tree, merge
@@ -131,6 +131,9 @@ def read_config(
         _check_missing(tree, name)
     typed = make_typed(tree)
     resolved = resolve(tree, typed)
+    for path in misplaced_secrets(resolved):
+        if not tree.where(path).startswith("override "):
+            tree.problem(path, f"a secret of the environment is no part of {path[-1]}")
     allow(_folders_of_tasks(tree, resolved))
     _check_components(tree, resolved)
     return LoadedConfig(schema, tree, typed, resolved)

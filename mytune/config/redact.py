@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 HIDDEN = "<redacted>"
@@ -32,6 +33,23 @@ def redact(value: Any) -> Any:
     like `HF_TOKEN` holds, and what looks like a token or a password in a URL. `${...}` stays.
     """
     return _redact(value, _environment_secrets())
+
+
+def misplaced_secrets(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of values that hold a secret of the environment under a key of no secret."""
+    secrets = _environment_secrets()
+
+    def walk(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in items:
+            if isinstance(value, dict | list):
+                yield from walk(value, (*path, str(key)))
+                continue
+            text = value if isinstance(value, str) and not _is_secret(key, value) else ""
+            if any(secret in text for secret in secrets):
+                yield *path, str(key)
+
+    yield from walk(tree, ())
 
 
 def _redact(value: Any, secrets: list[str]) -> Any:

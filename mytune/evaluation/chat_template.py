@@ -39,6 +39,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
+        del environment.globals["lipsum"]  # makes texts of any length
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         today = datetime.now().strftime
         environment.globals |= {"raise_exception": _refuse, "strftime_now": today, **tokens}
@@ -47,7 +48,7 @@ class ChatTemplate:
         source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError, MemoryError) as error:
             raise self._wrong(error) from error
 
     def __call__(
@@ -74,7 +75,7 @@ class ChatTemplate:
         return before if after.startswith(" ") else before.rstrip()  # it strips messages
 
     def _wrong(self, what: object) -> ConfigError:
-        return ConfigError(f"chat_template: {self._path}: {what}")
+        return ConfigError(f"chat_template: {self._path}: {str(what) or type(what).__name__}")
 
 
 def read_chat_template(said: bool | str) -> bool | ChatTemplate:

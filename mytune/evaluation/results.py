@@ -18,8 +18,9 @@ import torch
 import yaml
 
 import mytune
-from mytune.errors import ConfigError
+from mytune.errors import CheckpointError, ConfigError
 from mytune.evaluation.harness import Results, measured
+from mytune.training.checkpointing.files import read_json
 from mytune.training.distributed import rank
 from mytune.training.metric_logging import write_atomic
 from mytune.training.run_dir import cannot_write
@@ -30,6 +31,15 @@ JSON, MARKDOWN = "evaluation.json", "evaluation.md"
 # Keys of the recipe that change scores, and that the harness's results do not tell.
 _SETTINGS = (
     "chat_template fewshot_as_multiturn system_instruction max_seq_length dtype seed".split()
+)
+_COMPARED = ("versions", "n-shot", "n-samples")
+_NO_RESULTS = (
+    CheckpointError,
+    yaml.YAMLError,
+    ArithmeticError,
+    AttributeError,
+    KeyError,
+    TypeError,
 )
 _KEPT = "results groups group_subtasks versions n-shot n-samples higher_is_better".split()
 
@@ -67,19 +77,17 @@ def differing(base: Results, tuned: Results, config: str) -> list[str]:
         for task in tuned["results"]
         if task not in base["results"]
     ]
-    now = yaml.safe_load(config)
-    earlier = yaml.safe_load(base["config"]) if isinstance(base.get("config"), str) else None
-    if isinstance(earlier, dict):
-        found += [
-            f"{key} was {earlier[key]} for the base and is {now[key]}"
-            for key in _SETTINGS
-            if key in earlier.keys() & now.keys() and earlier[key] != now[key]
-        ]
+    now, earlier = yaml.safe_load(config), base.get("config", {})  # none is of this run
+    found += [
+        f"{key} was {earlier[key]} for the base and is {now[key]}"
+        for key in _SETTINGS
+        if key in earlier.keys() & now.keys() and earlier[key] != now[key]
+    ]
     return found + [
         f"{task}: {what} was {_told(before)} for the base and is {_told(after)}"
-        for what in ("versions", "n-shot", "n-samples")
+        for what in _COMPARED
         for task, after in tuned.get(what, {}).items()
-        if (before := (base.get(what) or {}).get(task, after)) != after
+        if (before := base.get(what, {}).get(task, after)) != after
     ]
 
 
@@ -209,9 +217,15 @@ def read_results(path: str | Path, tasks: Collection[str]) -> Results:
     if not file.exists():
         raise ConfigError(f"compare: {file} does not exist")
     try:
-        found: Results = json.loads(file.read_text(encoding="utf-8"))
-        {task: dict(metrics) for task, metrics in found["results"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        found: Results = read_json(file)
+        for metrics in found["results"].values():
+            measured({str(name): value for name, value in metrics.items()})
+        config = yaml.safe_load(found.get("config", ""))
+        said = config.items() if isinstance(config, dict) else ()
+        found["config"] = {k: v for k, v in said if isinstance(v, str | int | float | None)}
+        for what in _COMPARED:
+            found[what] = found[what] if isinstance(found.get(what), dict) else {}
+    except _NO_RESULTS as error:
         raise ConfigError(
             f"compare: {file} holds no results of an earlier evaluation; it must be a checkpoint "
             f"directory, or the {JSON} of an earlier run"

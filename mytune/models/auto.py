@@ -40,11 +40,29 @@ def sizes_of_checkpoint(checkpoint_dir: str) -> DecoderConfig:
             ValueError,
         ) as error:
             raise CheckpointError(f"{file} does not describe a Llama model: {error!r}") from error
-        numbers = {f.name: getattr(sizes, f.name) for f in fields(sizes) if f.type == "int"}
-        if wrong := [f"{k} is {n!r}" for k, n in numbers.items() if type(n) is not int or n < 1]:
+        if wrong := _odd(sizes):
             raise CheckpointError(f"{file} does not describe a Llama model: {', '.join(wrong)}")
         return sizes
     raise CheckpointError(f"{folder} has neither config.json (Hugging Face) nor params.json (Meta)")
+
+
+def _odd(sizes: DecoderConfig) -> list[str]:
+    """Return what no Llama model has: the file may be from anywhere."""
+    scaling = sizes.rope_scaling
+    numbers = {f.name: getattr(sizes, f.name) for f in fields(sizes) if f.type == "int"}
+    found = [f"{k} is {n!r}" for k, n in numbers.items() if type(n) is not int or not 0 < n < 2**31]
+    if not found and sizes.num_layers > 10_000:
+        found.append(f"num_layers is {sizes.num_layers}")
+    reals = {"norm_eps": sizes.norm_eps, "rope_base": sizes.rope_base}
+    reals |= {f"rope_scaling.{k}": n for k, n in (vars(scaling) if scaling else {}).items()}
+    found += [
+        f"{k} is {n!r}" for k, n in reals.items() if type(n) not in (int, float) or not 0 < n < 1e30
+    ]
+    if not found and scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
+        found.append("rope_scaling.high_freq_factor is not above low_freq_factor")
+    if type(sizes.tie_word_embeddings) is not bool:
+        found.append(f"tie_word_embeddings is {sizes.tie_word_embeddings!r}")
+    return found
 
 
 def sizes_from_hf(config: Mapping[str, Any]) -> DecoderConfig:

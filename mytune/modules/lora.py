@@ -208,17 +208,25 @@ def lora_config_from_peft(config: Mapping[str, Any]) -> LoRAConfig:
     """
     if missing := {"target_modules", "r", "lora_alpha"} - config.keys():
         raise CheckpointError(f"adapter_config.json lacks {', '.join(sorted(missing))}")
-    rank, alpha = config["r"], config["lora_alpha"]
-    if type(rank) is not int or type(alpha) not in (int, float):
+    rank, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
+    numbers = (int, float)
+    if (
+        type(rank) is not int
+        or not 0 < rank < 2**20
+        or type(alpha) not in numbers
+        or not abs(alpha) < 1e30
+        or type(dropout) not in numbers
+        or not 0 <= dropout < 1
+    ):
         raise CheckpointError(
-            f"adapter_config.json: r is {rank!r} and lora_alpha {alpha!r}; r must be a whole "
-            "number and lora_alpha a number"
+            f"adapter_config.json: r is {rank!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}; "
+            "these must be a whole number above 0, a number, and one from 0 to below 1"
         )
     return LoRAConfig(
         modules=tuple(sorted(config["target_modules"])),
         rank=rank,
         alpha=alpha,
-        dropout=config.get("lora_dropout", 0.0),
+        dropout=dropout,
         use_dora=config.get("use_dora", False),
         use_rslora=config.get("use_rslora", False),
     )

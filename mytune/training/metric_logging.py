@@ -103,8 +103,9 @@ class DiskLogger(MetricLogger):
 
     def _write(self, values: dict[str, float], step: int) -> None:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        line = json.dumps({"step": step, **finite}) + "\n"
+        with writing(self.path), open(self.path, "a", encoding="utf-8", opener=_no_link) as file:
+            file.write(line)
 
     def _write_config(self, config: str) -> None:
         write_atomic(self.path.with_name("config.yaml"), config.encode())
@@ -119,6 +120,11 @@ class DiskLogger(MetricLogger):
                 )
             kept = [line for line in lines if _step(line) <= step]
             write_atomic(self.path, b"".join(line + b"\n" for line in kept))
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file that is no link: one in a folder from elsewhere could lead to any file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 
 def _step(line: bytes) -> float:

@@ -22,6 +22,8 @@ log = logging.getLogger("mytune")
 
 LOCK = ".mytune.lock"
 _RESULTS = ("metrics.jsonl", "summary.json")
+# A link in a folder that came from elsewhere could lead to any file.
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def cannot_write(directory: Path, error: OSError) -> ResourceError:
 
 def _acquire(lock: Path) -> int:
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(lock, _OPEN, 0o644)
         try:
             _lock_or_refuse(descriptor, lock)
             if _is_still(descriptor, lock):

@@ -48,6 +48,17 @@ def test_sorted_keys_are_sorted(load: Load) -> None:
     assert keys == sorted(keys) and len(keys) == 13
 
 
+def test_a_config_sends_no_secret_of_the_environment_elsewhere(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_elevenletters")
+    extra = "extra: {api_key: '${oc.env:HF_TOKEN}', url: 'http://there/${oc.env:HF_TOKEN}'}\n"
+    assert load(yaml=CONFIG + extra).problems == [
+        "c.yaml:5: extra.url: a secret of the environment is no part of url"
+    ]
+    assert load("extra.url=http://there/${oc.env:HF_TOKEN}", yaml=CONFIG).problems == []
+
+
 def test_the_environment_stays_a_reference_on_disk(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -110,7 +111,26 @@ def test_results_that_were_not_measured_alike_are_told():
         "a: n-shot was 0 for the base and is 2",
         "b: n-samples was 3 for the base and is 4",
     ]
-    assert differing(results(config="- seed", versions=None), tuned, "seed: 1") == []
+
+
+def test_an_earlier_evaluation_can_be_from_anywhere(tmp_path):
+    file = tmp_path / "evaluation.json"
+    tuned = results(["a"], **{"n-shot": {"a": 2}, "versions": {"a": 1}})
+    for odd in ({"versions": [1]}, {"n-shot": {"a": 2}, "versions": None}, {"config": "- seed"}):
+        file.write_text(json.dumps(results(["a"], **odd)))
+        assert differing(read_results(file, ["a"]), tuned, "seed: 1") == []
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijkl")
+    )
+    file.write_text(json.dumps(results(["a"], config=f"{bomb}seed: *l\ndtype: fp32\n")))
+    assert read_results(file, ["a"])["config"] == {"dtype": "fp32"}
+    for wrong in ({"config": "a: ["}, {"results": {"a": [["acc,none", 0.5]]}}):
+        file.write_text(json.dumps(results(["a"]) | wrong))
+        with pytest.raises(ConfigError, match="holds no results of an earlier evaluation"):
+            read_results(file, ["a"])
+    file.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="holds no results of an earlier evaluation"):
+        read_results(file, ["a"])
 
 
 def test_a_continuation_that_never_fits_is_shown(random_pair):

@@ -140,11 +140,25 @@ def test_meta_params_give_llama_3_2(size):
     assert sizes_from_meta(params) == getattr(llama3_2, f"LLAMA3_2_{size}")
 
 
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8,
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+    "original_max_position_embeddings": 8192,
+}
 WRONG = {
     "AttributeError": {"rope_scaling": "yarn"},
     "ZeroDivisionError": {"num_attention_heads": 0},
     "vocab_size is '10'": {"vocab_size": "10"},
     "num_layers is -1": {"num_hidden_layers": -1},
+    "num_layers is 1000000": {"num_hidden_layers": 10**6},
+    "vocab_size is 1000": {"vocab_size": 10**19},
+    "norm_eps is '1e-5'": {"rms_norm_eps": "1e-5"},
+    "rope_base is -1": {"rope_theta": -1},
+    "rope_scaling.factor is 0": {"rope_scaling": SCALING | {"factor": 0}},
+    "high_freq_factor is not above": {"rope_scaling": SCALING | {"high_freq_factor": 1}},
+    "tie_word_embeddings is 'false'": {"tie_word_embeddings": "false"},
 }
 
 

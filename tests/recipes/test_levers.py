@@ -74,7 +74,7 @@ def test_r6_stepping_in_backward_saves_nothing_that_is_not_finite(run, config, c
     run(config, "optimizer.lr=1e30", "save_every_n_steps=1", code=6)
     said = capsys.readouterr().err
     assert "step 2: loss is" in said
-    assert "(rows [4, 7, 5, 6] of the data)" in said
+    assert "(rows [4, 5, 6, 7] of the data)" in said
     assert [p.name for p in Path(config["output_dir"]).glob("step_*")] == ["step_1"]
 
 

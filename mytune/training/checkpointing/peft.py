@@ -24,6 +24,16 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "modules_to_save": ([], None),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
+    "use_dora": (False, True, None),
+    "use_rslora": (False, True, None),
+    # PEFT changes the base model for others than these when it loads the adapter.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
 }
 
 Adapter = tuple[dict[str, Tensor], dict[str, Any]]

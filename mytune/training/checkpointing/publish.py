@@ -197,9 +197,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST} has format_version {version}, not {FORMAT_VERSION}")
     files = manifest.get("files")
     complete = isinstance(files, dict) and all(
-        isinstance(said, dict) and said.keys() >= {"size", "sha256"} for said in files.values()
+        isinstance(said, dict)
+        and type(said.get("size")) is int
+        and isinstance(said.get("sha256"), str)
+        for said in files.values()
     )
-    if not complete or not isinstance(manifest.get("step"), int):
+    step = manifest.get("step")
+    if not complete or type(step) is not int or not 0 <= step < 2**53:
         raise CheckpointError(f"{MANIFEST} does not say step and files")
     return manifest
 
