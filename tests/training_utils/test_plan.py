@@ -28,7 +28,7 @@ from mytune.training import (
 )
 from mytune.training.optimizer_size import optimizer_size
 from mytune.training.plan import GIB
-from mytune.training.simulate import set_meta_dtype
+from mytune.training.simulate import Ledger, set_meta_dtype
 
 SIZES = dict(
     vocab_size=2048, num_layers=3, num_heads=4, num_kv_heads=2, embed_dim=128, max_seq_len=256
@@ -134,6 +134,21 @@ def test_8b_takes_what_was_modelled_by_hand(build, given, seq_len, figure):
     planned = settings(dtype=torch.bfloat16, batch_size=2, seq_len=seq_len, device="cuda", **given)
     plan = plan_memory(model, LOSS, replace(planned, recompute=range(32)))
     assert plan.peak / GIB == pytest.approx(figure, rel=0.1)
+
+
+def test_bytes_alive_come_back_and_the_peak_stays():
+    with Ledger() as ledger:
+        a = torch.ones(1000)
+        b = a + 1
+        assert ledger.now.total() == ledger.peak.total() == 8000
+        del b
+        assert (ledger.now.total(), ledger.peak.total()) == (4000, 8000)
+        a.add_(1)
+        c = a[:10].view(2, 5)
+        del a
+        assert (ledger.now.total(), ledger.peak.total()) == (4000, 8000)
+        del c
+        assert ledger.now.total() == 0
 
 
 def test_a_plan_changes_nothing():
