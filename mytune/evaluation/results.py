@@ -22,8 +22,7 @@ from mytune.errors import CheckpointError, ConfigError
 from mytune.evaluation.harness import Results, measured
 from mytune.training.checkpointing.files import read_json
 from mytune.training.distributed import rank
-from mytune.training.metric_logging import write_atomic
-from mytune.training.run_dir import cannot_write
+from mytune.training.run_dir import write_atomic, writing
 
 log = logging.getLogger("mytune")
 
@@ -199,12 +198,10 @@ def check_output(output_dir: str | Path, compare: str | None) -> None:
         held = [name for name in ("config.json", "params.json", JSON) if (base / name).is_file()]
         if held == [JSON]:
             raise ConfigError(f"compare: {base} holds no model, but results: compare={base / JSON}")
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
 
 def read_results(path: str | Path, tasks: Collection[str]) -> Results:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from mytune.config import redact
 from mytune.errors import ConfigError, ResourceError
 from mytune.training.distributed import rank
+from mytune.training.run_dir import write_atomic, writing
 
 Scalar = Tensor | float
 
@@ -289,28 +289,6 @@ def _starting(tracker: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ResourceError(f"metric_logger: {tracker} did not start: {error}; {remedy}") from error
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into a ResourceError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write {path}: {error.strerror}; free space, or choose another output_dir"
-        ) from error
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file such that it is at every moment the old one or the new one."""
-    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with writing(path):
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

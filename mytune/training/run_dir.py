@@ -1,4 +1,4 @@
-"""The output directory of a run: one run at a time, room on the disk, nobody's results lost."""
+"""The output directory of a run: one run at a time, files whole, nobody's results lost."""
 
 from __future__ import annotations
 
@@ -42,11 +42,9 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
         barrier()
         yield directory
         return
-    try:
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(lock)
-    except OSError as error:
-        raise cannot_write(directory, error) from error
     try:
         clean_up(directory)
         barrier()
@@ -56,12 +54,27 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def cannot_write(directory: Path, error: OSError) -> ResourceError:
-    """Return what to tell of an output directory that cannot be made or written."""
-    return ResourceError(
-        f"output_dir: cannot write in {directory}: {error.strerror}; "
-        "choose another output_dir or change its permissions"
-    )
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write into a ResourceError that names the file or directory."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"output_dir: cannot write in {path}: {error.strerror}; "
+            "free space, change permissions, or choose another output_dir"
+        ) from error
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file such that it is at every moment the old one or the new one."""
+    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with writing(path):
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
 
 
 def _acquire(lock: Path) -> int:

@@ -21,8 +21,8 @@ from mytune.training.metric_logging import (
     TensorBoardLogger,
     WandBLogger,
     read_metrics,
-    write_atomic,
 )
+from mytune.training.run_dir import write_atomic
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 CONFIG = f"seed: 1\nnote: {SECRET}\n"
