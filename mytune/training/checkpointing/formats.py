@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,6 +116,20 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of a decoder's parameters, in the model's order."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in Decoder(config).named_parameters()}
+
+
+def differences(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Return a line for every tensor, by name and shape, that is not as expected."""
+    lines = [f"missing {name}: expected {list(expected[name])}" for name in expected.keys() - found]
+    lines += [f"unexpected {name}: found {list(found[name])}" for name in found.keys() - expected]
+    lines += [
+        f"mismatched {name}: expected {list(shape)}, found {list(found[name])}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    return sorted(lines)
 
 
 HF = Format(

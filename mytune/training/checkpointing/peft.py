@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mytune.errors import CheckpointError, shortened
 from mytune.training.checkpointing.files import demand_finite, inside, read_json, to_json
-from mytune.training.checkpointing.formats import PEFT
+from mytune.training.checkpointing.formats import PEFT, differences
 from mytune.training.checkpointing.publish import Draft
 from mytune.training.checkpointing.source import ADAPTER, open_tensors
 
@@ -93,22 +93,15 @@ def _module(name: str) -> str:
 
 def check_adapter(adapter: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless `adapter` has the names and shapes of the model's own."""
-    problems = [
-        f"missing {n}: expected {list(expected[n].shape)}" for n in expected.keys() - adapter
-    ]
-    problems += [
-        f"unexpected {n}: found {list(adapter[n].shape)}" for n in adapter.keys() - expected
-    ]
-    problems += [
-        f"mismatched {name}: expected {list(tensor.shape)}, found {list(adapter[name].shape)}"
-        for name, tensor in expected.items()
-        if name in adapter and adapter[name].shape != tensor.shape
-    ]
+    problems = differences(
+        {name: tensor.shape for name, tensor in expected.items()},
+        {name: tensor.shape for name, tensor in adapter.items()},
+    )
     if problems:
         raise CheckpointError(
             f"the adapter does not fit the model: {len(problems)} of its tensors differ; base "
             "model, rank and modules must be those of its training",
-            shortened(sorted(problems)),
+            shortened(problems),
         )
 
 

@@ -23,7 +23,7 @@ from mytune.quantization.tensors import (
 )
 from mytune.training.checkpointing.companions import companions
 from mytune.training.checkpointing.files import read_json, to_json
-from mytune.training.checkpointing.formats import HF, parameter_shapes
+from mytune.training.checkpointing.formats import HF, differences, parameter_shapes
 from mytune.training.checkpointing.publish import Draft, publication
 from mytune.training.checkpointing.safetensors_io import SafetensorsFile
 from mytune.training.checkpointing.tokenizer_files import tokenizer_files
@@ -76,8 +76,8 @@ def read_quantized(
             why = str(error).partition("\n")[0]
             problems.append(f"damaged {name}: {type(error).__name__}: {why}")
     problems += [f"unexpected {key}" for key in held]
-    problems += _mismatches(weights, parameter_shapes(config)) if not problems else []
-    if problems:
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if problems := problems or differences(parameter_shapes(config), shapes):
         raise CheckpointError(
             f"{where}: {len(problems)} quantized tensors do not fit the model",
             shortened(problems),
@@ -98,17 +98,6 @@ def _metadata(files: Sequence[SafetensorsFile]) -> Iterator[tuple[str, dict[str,
             raise CheckpointError(f"{file.path}: its metadata is damaged: no object for a tensor")
         yield from ((name, each) for name, each in said.items() if name not in seen)
         seen |= said.keys()
-
-
-def _mismatches(
-    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[str]:
-    for name in weights.keys() | shapes.keys():
-        expected, found = shapes.get(name), weights.get(name)
-        if expected is None or found is None:
-            yield f"{'unexpected' if expected is None else 'missing'} {name}"
-        elif tuple(found.shape) != expected:
-            yield f"mismatched {name}: expected {list(expected)}, found {list(found.shape)}"
 
 
 def publish_quantized(
