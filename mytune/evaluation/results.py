@@ -7,17 +7,14 @@ import json
 import logging
 import math
 import os
-import platform
 from collections.abc import Collection, Iterable, Iterator
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-import mytune
+from mytune import versions
 from mytune.errors import CheckpointError, ConfigError
 from mytune.evaluation.harness import Results, measured
 from mytune.training.checkpointing.files import read_json
@@ -144,14 +141,9 @@ def write_results(
         return {}
     folder = Path(output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {
-        "mytune": mytune.__version__,
-        "lm_eval": version("lm_eval"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    software = versions("lm_eval", "torch")
     kept = {name: results[name] for name in _KEPT if name in results}
-    held = {**kept, "base": base and base["results"], "config": config, "software": versions}
+    held = {**kept, "base": base and base["results"], "config": config, "software": software}
     written = {"results": folder / JSON, "summary": folder / MARKDOWN}
     text = json.dumps(held, indent=2, ensure_ascii=False, default=float)
     if not again:
@@ -160,7 +152,7 @@ def write_results(
     parts = ["# Evaluation", results_table(results)]
     if base:
         parts += ["## Base and fine-tuned", compare_results(base, results)]
-    told = ", ".join(f"{name} {number}" for name, number in versions.items())
+    told = ", ".join(f"{name} {number}" for name, number in software.items())
     parts += ["## Config", f"```yaml\n{config.strip()}\n```", f"Made with {told}."]
     write_atomic(written["summary"], ("\n\n".join(parts) + "\n").encode())
     return written

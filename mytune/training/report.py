@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-import mytune
+from mytune import versions
 from mytune.training.device import describe_device
 from mytune.training.distributed import rank, world_size
 from mytune.training.memory import memory_stats
@@ -70,11 +69,7 @@ def write_report(
         "parameters_trained": parameters[1],
         "device": describe_device(device),
         "world_size": world_size(),
-        "versions": {
-            "mytune": mytune.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions("torch"),
         "locations": {name: str(p) for name, p in {**(locations or {}), **written}.items()},
     }
     write_atomic(written["summary"], (json.dumps(summary, indent=2) + "\n").encode())

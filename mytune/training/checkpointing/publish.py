@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,11 +18,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import safetensors
-import torch
 from torch import Tensor
 
-import mytune
+from mytune import versions
 from mytune.errors import CheckpointError, ResourceError, TuneError
 from mytune.training.checkpointing.files import (
     FileRecord,
@@ -120,12 +117,7 @@ def _manifest(
         "format_version": FORMAT_VERSION,
         "name": name,
         **facts,
-        "versions": {
-            "mytune": mytune.__version__,
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions("torch", "safetensors"),
         "files": {
             file: {
                 "size": record.size,
