@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -152,8 +153,7 @@ def check_disk_space(path: str | Path, needed: int) -> None:
     existing = next(
         p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists()
     )
-    disk = os.statvfs(existing)
-    free = disk.f_bavail * disk.f_frsize
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise ResourceError(
             f"output_dir: {path} has {told_size(free)} free, a checkpoint needs "

@@ -243,8 +243,7 @@ def test_a_disk_without_room_is_told_before_writing(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.save("step_1", 1)
-    disk = SimpleNamespace(f_bavail=1, f_frsize=4096)
-    monkeypatch.setattr("mytune.training.run_dir.os.statvfs", lambda path: disk)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
     with pytest.raises(ResourceError, match=r"0\.00 MiB free"):
         run.save("step_2", 2)
     assert run.names() == ["step_1"]

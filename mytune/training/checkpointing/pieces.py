@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,16 +86,11 @@ def _tell(file: Path, record: FileRecord) -> None:
 def _told(file: Path) -> FileRecord:
     """Wait for another rank's file; a rank that dies ends the whole run, and so the waiting."""
     record = file.with_suffix(".record")
-    wait_until(record.exists)
+    while not record.exists():  # over a network file system this may be some seconds old
+        time.sleep(0.02)
     size, sha256 = json.loads(record.read_text())
     record.unlink()
     return FileRecord(size, sha256, SafetensorsFile(file).specs)
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    """Ask again and again; over a network file system the answer may be some seconds old."""
-    while not true():
-        time.sleep(0.02)
 
 
 def open_pieces(checkpoint: Path, files: Mapping[str, object], stem: str) -> list[TensorFile]:
