@@ -24,7 +24,7 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    recipe = registry.named_recipe(args.name)
+    recipe = registry.RECIPES.get(args.name)
     names = [*registry.RECIPES, *registry.configs()]
     if args.name not in names:
         raise registry.unknown("recipe or config", args.name, names)

@@ -72,10 +72,6 @@ def config_path(name: str) -> Path:
     return ROOT / "configs" / f"{name}.yaml"
 
 
-def named_recipe(name: str) -> Recipe | None:
-    return RECIPES.get(name)
-
-
 def recipe_of(config: str) -> Recipe | None:
     """Return the recipe that the config called `config` belongs to."""
     return next((recipe for recipe in RECIPES.values() if recipe.owns(config)), None)

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & {*options, *words[1:]}:
         parser().print_help()
         return 0
-    built_in = registry.named_recipe(words[0]) if options and words else None
+    built_in = registry.RECIPES.get(words[0]) if options and words else None
     if built_in and not built_in.ranks:
         raise ConfigError(f"{words[0]} runs in one process: leave out {' '.join(options)}")
     job = parse(words)
@@ -117,7 +117,7 @@ def _check_plannable(name: str, recipe: Path) -> None:
 
 def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
     """Refuse a built-in recipe without a config, or with the config of another one."""
-    built_in = registry.named_recipe(args.recipe)
+    built_in = registry.RECIPES.get(args.recipe)
     if built_in and not args.config:
         names = ", ".join(built_in.configs())
         ready = f", or one of {names}" if names else f" (`tune {args.recipe}` makes one)"

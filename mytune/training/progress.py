@@ -16,6 +16,7 @@ from mytune.training.distributed import rank
 
 log = logging.getLogger("mytune")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_EVERY_SECONDS = 30
 
 
 def setup_logging(level: str = "INFO", rank: int = 0) -> None:
@@ -60,11 +61,9 @@ class ProgressBar:
     Shown on stderr, by rank 0 only. `done` steps were made by the run that this one resumes.
     """
 
-    def __init__(
-        self, total: int, done: int = 0, *, file: TextIO | None = None, every_seconds: float = 30.0
-    ) -> None:
+    def __init__(self, total: int, done: int = 0, *, file: TextIO | None = None) -> None:
         self.file = file or sys.stderr
-        self.total, self.done, self.every_seconds = total, done, every_seconds
+        self.total, self.done = total, done
         self._start = self._last_time = time.monotonic()
         self._last_step = done
         self._bar = None
@@ -92,7 +91,7 @@ class ProgressBar:
     def _is_due(self, step: int) -> bool:
         return (
             step in (self.done + 1, self.total)
-            or time.monotonic() - self._last_time >= self.every_seconds
+            or time.monotonic() - self._last_time >= _EVERY_SECONDS
             or step - self._last_step >= self.total / 20
         )
 

@@ -72,7 +72,7 @@ def test_every_recipe_makes_two_steps(config, recipe, tmp_path):
 
 @pytest.mark.parametrize("name", ["lora_finetune_distributed", "full_finetune_distributed"])
 def test_a_distributed_name_is_the_same_recipe(name):
-    assert registry.named_recipe(name).file == registry.ROOT / "recipes" / "finetune.py"
+    assert registry.RECIPES[name].file == registry.ROOT / "recipes" / "finetune.py"
 
 
 def test_a_copied_recipe_and_config_run_from_another_folder(tmp_path, monkeypatch, capsys):

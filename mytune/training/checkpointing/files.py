@@ -249,10 +249,10 @@ class TensorWriter:
         spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
         if spec != self.specs[name]:
             raise ValueError(f"{name} is {spec}, but was announced as {self.specs[name]}")
-        self._write(name, tensor_bytes(tensor))
+        self._write(tensor_bytes(tensor))
         self._written += 1
 
-    def _write(self, name: str, data: memoryview) -> None:
+    def _write(self, data: memoryview) -> None:
         raise NotImplementedError
 
     def _end(self) -> None:

@@ -139,7 +139,7 @@ class PickledWriter(TensorWriter):
         info.extra = struct.pack("<2sH", b"FB", -begin % _ALIGNMENT) + bytes(-begin % _ALIGNMENT)
         self._zip.writestr(info, data)  # type: ignore[arg-type]
 
-    def _write(self, name: str, data: memoryview) -> None:
+    def _write(self, data: memoryview) -> None:
         self._member(f"data/{self._written}", data)
 
     def _end(self) -> None:

@@ -85,7 +85,7 @@ class SafetensorsWriter(TensorWriter):
     def order_of(specs: Mapping[str, TensorSpec]) -> list[str]:
         return sorted(specs, key=lambda name: (_RANK[specs[name].dtype], name))
 
-    def _write(self, name: str, data: memoryview) -> None:
+    def _write(self, data: memoryview) -> None:
         self.file.write(data)
 
 
