@@ -85,6 +85,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type's name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest candidate, or an empty string."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)

@@ -24,6 +24,7 @@ from mytune.errors import (
     ResourceError,
     TuneError,
     did_you_mean,
+    first_line,
 )
 
 # The same weights once more, where there are safetensors.
@@ -160,7 +161,7 @@ def _explained(repo_id: str) -> Iterator[None]:
 
 def _failure(repo_id: str, error: Exception) -> TuneError:
     """Return the error for what is not one of the hub's own."""
-    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    text = first_line(error)
     status = getattr(getattr(error, "response", None), "status_code", None)
     number = getattr(error, "errno", None)
     if status in (401, 403):

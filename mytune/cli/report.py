@@ -8,7 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mytune.errors import CONTROL, ResourceError, StoppedEarly, TuneError, is_out_of_memory
+from mytune.errors import (
+    CONTROL,
+    ResourceError,
+    StoppedEarly,
+    TuneError,
+    first_line,
+    is_out_of_memory,
+)
 
 DEBUG = "MYTUNE_DEBUG"  # environment variable, so that the workers of a run see it too
 
@@ -89,7 +96,7 @@ def _environment(error: Exception) -> ResourceError | None:
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("mytune"):
         return ResourceError(f"the package {error.name!r} is not installed: pip install it")
     if is_out_of_memory(error):
-        why = _first_line(error).rpartition("DefaultCPUAllocator: ")[2]
+        why = first_line(error).rpartition("DefaultCPUAllocator: ")[2]
         return ResourceError(f"out of memory: {why}; a smaller batch_size needs less")
     return None
 
@@ -114,7 +121,7 @@ def _bug(error: Exception, trace: str) -> TuneError:
     with tempfile.NamedTemporaryFile("w", prefix="mytune-", suffix=".txt", delete=False) as file:
         file.write(trace)
     return TuneError(
-        f"{whose}: {type(error).__name__}: {_first_line(error)}"
+        f"{whose}: {type(error).__name__}: {first_line(error)}"
         f" ({last.filename}:{last.lineno}); the traceback is in {file.name}, --debug prints it"
     )
 
@@ -123,7 +130,3 @@ def _traceback(error: Exception) -> str:
     import traceback
 
     return "".join(traceback.format_exception(error))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

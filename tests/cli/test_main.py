@@ -83,6 +83,11 @@ def test_details_are_indented_below_the_message(capsys):
     assert capsys.readouterr().err == "error: two problems\n  first\n  second\n"
 
 
+def test_the_first_line_of_an_error_without_text_is_its_type():
+    assert errors.first_line(ValueError("\n one\r\ntwo")) == "one"
+    assert errors.first_line(OSError(" \n")) == "OSError"
+
+
 def test_stopped_early_is_no_error(capsys):
     assert fail(errors.StoppedEarly("saved step_3")) == 75
     assert capsys.readouterr().err == "stopped early: saved step_3\n"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mytune.errors import CheckpointError
+from mytune.errors import CheckpointError, first_line
 from mytune.training.checkpointing.files import TensorFile, TensorSpec, TensorWriter
 
 _MAX_PICKLE_BYTES = 64 * 2**20
@@ -32,10 +32,9 @@ class PickledFile(TensorFile):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds for a file that is not what it seems
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CheckpointError(
                 f"{path} is not a plain file of tensors, and mytune runs no code that a checkpoint "
-                f"brings: {first}"
+                f"brings: {first_line(error)}"
             ) from error
         self._tensors = _plain_tensors(path, content)
         self.specs = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in self._tensors.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mytune
-from mytune.errors import CheckpointError, NumericalError, ResourceError, shortened
+from mytune.errors import CheckpointError, NumericalError, ResourceError, first_line, shortened
 from mytune.modules.decoder import Decoder, DecoderConfig
 from mytune.quantization.tensors import (
     flatten,
@@ -73,8 +73,7 @@ def read_quantized(
                 weights[HF.table.ours(name) or name] = rebuild(said, parts)
             problems += [f"missing {keys[part]}" for part in keys.keys() - found.keys()]
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            why = str(error).partition("\n")[0]
-            problems.append(f"damaged {name}: {type(error).__name__}: {why}")
+            problems.append(f"damaged {name}: {type(error).__name__}: {first_line(error)}")
     problems += [f"unexpected {key}" for key in held]
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if problems := problems or differences(parameter_shapes(config), shapes):
