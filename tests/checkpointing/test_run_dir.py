@@ -127,3 +127,14 @@ def test_room_on_the_disk_is_checked_for_directories_to_come(tmp_path: Path) -> 
     check_disk_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(ResourceError, match=r"a checkpoint needs 1099511627776\.00 GiB"):
         check_disk_space(tmp_path / "not" / "yet", 2**70)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".mytune.lock").symlink_to(precious)
+    with pytest.raises(ResourceError, match="symbolic links"), output_dir_lock(run):
+        pass
+    assert precious.read_text() == "kept"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from mytune.errors import ResourceError
+from mytune.training import metric_logging
 from mytune.training.metric_logging import (
     CometLogger,
     DiskLogger,
@@ -80,9 +82,17 @@ def test_nan_and_infinity_stay_json(tmp_path):
     }
 
 
-def test_a_full_disk_is_a_resource_error_that_names_the_file(tmp_path):
+def test_a_link_is_not_followed(tmp_path):
+    logger = DiskLogger(str(tmp_path / "run"))
+    logger.path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ResourceError, match=r"metrics.jsonl: Too many levels of symbolic links"):
+        logger.log("loss", 1.0, 1)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_full_disk_is_a_resource_error_that_names_the_file(tmp_path, monkeypatch):
     logger = DiskLogger(str(tmp_path))
-    logger.path.symlink_to("/dev/full")
+    monkeypatch.setattr(metric_logging, "_no_link", lambda _, flags: os.open("/dev/full", flags))
     with pytest.raises(ResourceError, match=r"metrics.jsonl: No space left") as error:
         logger.log("loss", 1.0, 1)
     assert error.value.exit_code == 5
