@@ -13,6 +13,7 @@ you like.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import torch
 
 from mytune.config import Component, instantiate
 from mytune.datasets import OpenAIToMessages, open_source
-from mytune.errors import ConfigError, DataError, shortened
+from mytune.errors import CONTROL, ConfigError, DataError, shortened
 from mytune.generation import (
     Sampling,
     TextStream,
@@ -154,7 +155,7 @@ def main(cfg: Config) -> int:
         stops = tokenizer.stop_tokens
         tokens = generate(model, prompts[0], stop_tokens=stops, **settings)
         if isinstance(cfg.prompt, str):
-            print(cfg.prompt, end="", flush=True)
+            print(printable(cfg.prompt), end="", flush=True)
         count, interrupted = stream(tokens, TextStream(tokenizer.stream_decoder(), cfg.stop or ()))
     else:
         settings |= {"num_samples": cfg.num_samples, "logprobs": cfg.logprobs}
@@ -320,14 +321,19 @@ def stream(tokens: Iterator[int], text: TextStream) -> tuple[int, bool]:
     try:
         for token in tokens:
             count += 1
-            print(text.put(token), end="", flush=True)
+            print(printable(text.put(token)), end="", flush=True)
             if text.stopped:
                 break
     except KeyboardInterrupt:
         interrupted = True
     finally:  # an error is told on a line of its own
-        print(text.flush(), flush=True)
+        print(printable(text.flush()), flush=True)
     return count, interrupted
+
+
+def printable(text: str) -> str:
+    """Return a text without what would steer a terminal, if it goes to one."""
+    return text.translate(CONTROL) if sys.stdout.isatty() else text
 
 
 def report(tokens: int, seconds: float, bytes_read: int | None, device: torch.device) -> None:

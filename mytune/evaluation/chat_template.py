@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mytune.errors import ConfigError
-from mytune.training.checkpointing.files import read_json
+from mytune.training.checkpointing.files import inside, read_json
 
 _CONFIG = "tokenizer_config.json"
 _END = "<the end of what was said> "
@@ -86,7 +86,7 @@ def read_chat_template(said: bool | str) -> bool | ChatTemplate:
 def _read(path: Path) -> tuple[Path, str, dict[str, str]]:
     """Return the file of a template, the template, and the special tokens that it may name."""
     files = [path / "chat_template.jinja", path / _CONFIG] if path.is_dir() else [path]
-    path = next((file for file in files if file.is_file()), path)
+    path = next((inside(file.parent, file.name) for file in files if file.is_file()), path)
     config = path.with_name(_CONFIG)
     known = read_json(config) if config.is_file() else {}
     template = known.get("chat_template")

@@ -21,6 +21,7 @@ log = logging.getLogger("mytune")
 
 PLACES = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
 
+_LONGEST_TOKEN = 4096  # bytes; to write its merges takes memory by the square of that
 _WRONG_FILES = {
     rb"\n.\n.<": "a SentencePiece model, as Llama 2 has; Llama 3's own tokenizer.model is needed",
     rb"version https://git-lfs": "a Git LFS pointer; download the file that it points at",
@@ -122,6 +123,8 @@ def _read_tiktoken(path: Path, data: bytes, pattern: str) -> Vocabulary:
     tokens = {rank: token for token, rank in ranks.items()}
     if not lines or tokens.keys() != set(range(len(lines))):
         raise CheckpointError(f"{path}{_first_fault(lines)}")
+    if (longest := max(map(len, ranks))) > _LONGEST_TOKEN:
+        raise CheckpointError(f"{path} has a token of {longest:,} bytes, which is no word")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise CheckpointError(
             f"{path} lacks tokens for {len(missing)} single bytes, the first {missing[0]:#04x}"

@@ -360,6 +360,15 @@ def test_a_checkpoints_template_is_used_and_cannot_do_harm(tune, tmp_path, templ
     assert out == ""
 
 
+def test_a_template_outside_of_its_folder_is_not_read(tune, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    _, _, err = tune("tasks=[choice]", f"chat_template={folder}", code=4)
+    assert "leads out of its directory" in err.splitlines()[-1]
+
+
 def test_a_damaged_model_has_no_scores(tune, base, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(base, damaged)

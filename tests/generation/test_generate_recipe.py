@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def test_a_text_is_continued_on_stdout_and_the_figures_are_on_stderr(tune, base)
     assert out == "Hello, my name is" + text_by_transformers(model, tokenizer, ids) + "\n"
     for figure, line in zip(FIGURES, err.splitlines()[-3:], strict=True):
         assert re.fullmatch(figure, line)
+
+
+def test_nothing_steers_a_terminal(tune, monkeypatch):
+    said = "prompt=a\x1b[31mb"
+    assert tune(said, "max_new_tokens=1")[0].startswith("a\x1b[31mb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert tune(said, "max_new_tokens=1")[0].startswith("a[31mb")
 
 
 def test_a_chat_turn_is_answered(tune, base):

@@ -132,6 +132,7 @@ LINES = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
         (b"\n".join([*LINES, LINES[3]]), ":257 repeats"),
         (b"\n".join([*LINES[:-1], b"/w== 300"]), ":256 has rank 300"),
         (b"\n".join(LINES[:-2]), "lacks tokens for 2 single bytes, the first 0xfe"),
+        (b"\n".join([*LINES, b"QUFB" * 2000 + b" 256"]), "has a token of 6,000 bytes"),
         (b'{"model_type": "llama"}', "not a tokenizer.json"),
     ],
 )
