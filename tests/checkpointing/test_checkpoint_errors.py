@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mytune.errors import CheckpointError, ConfigError
+from mytune.modules.lora import lora_config_from_peft
 from mytune.training.checkpointing.checkpointers import (
     FullModelHFCheckpointer,
     FullModelMetaCheckpointer,
@@ -237,3 +238,30 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
         "bias is 'all', not 'none'",
         "unexpected base_model.model.x: found float32 [1]",
     ]
+
+
+ODD = {
+    "init_lora_weights": "pissa",
+    "use_qalora": True,
+    "layer_replication": [[0, 1]],
+    "use_rslora": "no",
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_an_adapter_that_computes_something_else_is_refused(tmp_path: Path, key: str) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [], key: ODD[key]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{key} is ") as caught:
+        read_adapter(tmp_path)
+    assert len(caught.value.details) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"r": "8"}, {"r": 10**30}, {"lora_alpha": "x"}, {"lora_dropout": 2}]
+)
+def test_numbers_of_an_adapter_are_checked(wrong: dict[str, object]) -> None:
+    config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], **wrong}
+    with pytest.raises(CheckpointError, match="must be a whole number above 0"):
+        lora_config_from_peft(config)
