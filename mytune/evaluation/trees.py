@@ -69,7 +69,7 @@ def plant(sequences: Sequence[Sequence[int]], room: int) -> list[Tree]:
     before = np.empty(0, dtype=">i4")
     for key in sorted(range(len(arrays)), key=lambda i: arrays[i].tobytes()):
         array = arrays[key]
-        shared, length = _common_prefix(before, array), len(array)
+        shared, length = common_prefix(before, array), len(array)
         fits = trees and len(trees[-1]) + length - shared <= max(room, 2 * length)
         if not fits or 4 * shared < length:
             trees.append(Tree())
@@ -79,7 +79,8 @@ def plant(sequences: Sequence[Sequence[int]], room: int) -> list[Tree]:
     return sorted(trees, key=len, reverse=True)
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Return how many tokens two sequences begin with alike."""
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
     return int(differ[0]) if len(differ) else length

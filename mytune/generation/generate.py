@@ -149,9 +149,20 @@ class Decoding:
             self._reader: CachedReader | UncachedReader = memory.reader
         elif enable_kv_cache:
             length = self._tokens.shape[1] + max(limits)
-            self._reader = _cached_reader(model, len(prompts), length, pads, compile)
+            self._reader = self._cached_reader(model, prompts, length, pads, compile)
         else:
             self._reader = UncachedReader(model, pads)
+
+    def _cached_reader(
+        self,
+        model: Decoder,
+        prompts: Sequence[Sequence[int]],
+        length: int,
+        pads: Tensor | None,
+        compile: bool,
+    ) -> CachedReader:
+        """Return what reads the prompts, left-padded, and up to `length` positions of a row."""
+        return _cached_reader(model, len(prompts), length, pads, compile)
 
     def stop(self, row: int) -> None:
         """End a row after the tokens that it has, even if they are all that it may have."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mytune.modules.decoder import DecoderConfig
+from mytune.modules.decoder import Cache, DecoderConfig
 
 
-class KVCache:
+class KVCache(Cache):
     """Keys and values of earlier positions.
 
     Only the newest positions are copied, and what is returned is a view of those filled: a token
@@ -18,6 +18,8 @@ class KVCache:
     Args:
         length: positions of a row, prompt and new tokens.
     """
+
+    first = 0  # position of what is kept first
 
     def __init__(
         self,
@@ -60,3 +62,50 @@ class KVCache:
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = tensor.repeat_interleave(times, dim=0)
+
+
+class BranchedKVCache(KVCache):
+    """Keys and values of rows that begin alike: those of the common positions are kept once.
+
+    On a CPU, whose attention can tell the sums that it has divided by: all rows together attend to
+    the common positions, as queries of one row, each to its own, and the sums weigh the two.
+
+    Args:
+        common: positions that are the same in all rows.
+        length: positions of a row, with these.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        common: int,
+        batch_size: int,
+        length: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(
+            config, batch_size=batch_size, length=length - common, device=device, dtype=dtype
+        )
+        self.common = KVCache(config, batch_size=1, length=common, device=device, dtype=dtype)
+        self.first = common
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend with one query [b, h, 1, e], see `attend_one_query`; the mask is of k and v."""
+        heads = k.shape[1]
+        q = q.view(len(q), heads, -1, q.shape[-1])
+        own, own_sum = _attend(q, k, v, mask)
+        queries = q.transpose(0, 1).flatten(1, 2)[None]
+        common, common_sum = _attend(queries, self.common.keys[layer], self.common.values[layer])
+        share = torch.sigmoid(common_sum.view(heads, len(q), -1).transpose(0, 1) - own_sum)
+        common = common.view(heads, len(q), -1, q.shape[-1]).transpose(0, 1)
+        return own.float().lerp(common.float(), share[..., None]).to(q.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return attention's output [b, k, q, e] and the log of what it was divided by, [b, k, q]."""
+    out: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, attn_mask=mask
+    )
+    return out

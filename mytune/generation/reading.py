@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mytune.generation.kv_cache import KVCache
-from mytune.modules.decoder import Decoder, Rope, rope_angles
+from mytune.modules.decoder import Cache, Decoder, Rope, rope_angles
 
 _WARM_UP = 3  # steps before a CUDA graph is recorded: kernels are compiled and chosen in them
 
@@ -40,6 +40,9 @@ class CachedReader:
         if self.pads is not None:
             positions = positions_of(slots, self.pads)
             mask = padded_mask(slots, self._slots[:end], self.pads)
+            if tokens.shape[1] == 1:
+                mask = additive(mask, self.model.dtype)
+        positions = positions + self.cache.first
         hidden = self.model(tokens, positions, mask, self.cache, output_hidden=True)
         return self.model.head(hidden[:, -1])
 
@@ -118,8 +121,7 @@ class StaticReader(CachedReader):
         token, slot, pads = self._inputs
         rope = rope_angles(self.model.config, positions_of(slot, pads))
         hidden = self.model.embed_tokens(token)
-        seen = padded_mask(slot, self._slots, pads)
-        mask = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill_(~seen, -torch.inf)
+        mask = additive(padded_mask(slot, self._slots, pads), hidden.dtype)
         for layer, keys, values in zip(
             self.model.layers, self.cache.keys, self.cache.values, strict=True
         ):
@@ -161,7 +163,7 @@ def _waits(work: Callable[[], object]) -> bool:
     return False
 
 
-class _StaticKeys:
+class _StaticKeys(Cache):
     """A block's keys and values in a static step: the slot is a tensor, all keys are seen."""
 
     def __init__(self, keys: Tensor, values: Tensor, slot: Tensor) -> None:
@@ -232,3 +234,8 @@ def padded_mask(queries: Tensor, keys: Tensor, pads: Tensor) -> Tensor:
     """
     q, k = queries[:, None], keys[None]
     return ((k <= q) & (k >= pads[:, None, None]) | (k == q))[:, None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what to add to the scores where a mask is False."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)

@@ -7,7 +7,6 @@ k key/value heads, e head_dim, v vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +52,16 @@ class DecoderConfig:
             raise ConfigError(f"attn_dropout is {self.attn_dropout}; it must be from 0 to below 1")
 
 
-class Cache(Protocol):
+class Cache:
     """Keys and values of earlier positions, kept by whoever generates."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the newest keys and values [b, k, s, e] of a layer; return all [b, k, t, e]."""
+        raise NotImplementedError
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend with one query to what `update` has returned, see `attend_one_query`."""
+        return attend_one_query(q, k, v, mask)
 
 
 Rope = tuple[Tensor, Tensor]
@@ -132,7 +136,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
             if q.shape[2] == 1:
-                return self.o_proj(attend_one_query(q, k, v, mask).flatten(1)[:, None])
+                return self.o_proj(cache.attend(self.layer, q, k, v, mask).flatten(1)[:, None])
         # Asked of shapes alone, a compiler that keeps them variable would not know it.
         causal = mask is None and (cache is None or q.shape[2] == k.shape[2])
         if mask is None and not causal:

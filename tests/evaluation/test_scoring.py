@@ -12,7 +12,8 @@ from mytune.evaluation import Request, batches, check_batch_size, score
 from mytune.evaluation.batches import cut, run_batches
 from mytune.evaluation.continuing import SharedDecoding
 from mytune.evaluation.trees import plant, stack
-from mytune.generation import generate
+from mytune.generation import Decoding, generate
+from mytune.generation.kv_cache import BranchedKVCache
 from tests.hf import twins
 
 CPU = torch.device("cpu")
@@ -146,3 +147,24 @@ def test_prompts_that_begin_alike_are_continued_as_if_read_alone():
         pass
     wanted = [list(generate(model, prompt, max_new_tokens=9)) for prompt in prompts]
     assert [row.tokens for row in decoding.rows] == wanted
+
+
+def ends(*lengths):
+    return [list(range(20, 20 + length)) for length in lengths]
+
+
+@pytest.mark.parametrize("ends", [ends(5, 1, 9), ends(1, 1, 1), ends(4, 4, 4), ends(30, 1)])
+def test_keys_of_a_long_common_beginning_are_kept_once(ends):
+    model, _ = twins(initializer_range=0.2, max_position_embeddings=512)
+    common = [1 + i % 150 for i in range(300)]
+    prompts = [common + end for end in ends]
+    several = SharedDecoding(model, prompts, max_new_tokens=9, enable_kv_cache=True, logprobs=True)
+    assert isinstance(several._reader.cache, BranchedKVCache)
+    for _ in several:
+        pass
+    for prompt, row in zip(prompts, several.rows, strict=True):
+        alone = Decoding(model, [prompt], max_new_tokens=9, logprobs=True)
+        for _ in alone:
+            pass
+        assert row.tokens == alone.rows[0].tokens
+        assert row.logprobs == pytest.approx(alone.rows[0].logprobs, abs=1e-5)

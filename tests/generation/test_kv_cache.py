@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from mytune.generation import KVCache, generate
+from mytune.generation.kv_cache import BranchedKVCache
+from mytune.modules.decoder import attend_one_query
 from tests.generation.conftest import VARIED
 from tests.hf import twins
 
@@ -47,3 +49,29 @@ def test_the_text_is_the_same_without_a_cache():
     ]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 30
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_attention_in_two_parts_equals_attention_to_the_whole(dtype, atol):
+    model, _ = twins()
+    sizes, common, own = model.config, 40, 7
+    cache = BranchedKVCache(
+        sizes, common=common, batch_size=3, length=common + own, device="cpu", dtype=dtype
+    )
+    for each in (*cache.common.keys, *cache.common.values, *cache.keys, *cache.values):
+        each.normal_()
+    q = torch.randn(3, sizes.num_heads, 1, sizes.head_dim, dtype=dtype)
+    pads = torch.tensor([0, 2, 6])[:, None, None, None]
+    mask = torch.zeros(3, 1, 1, own, dtype=dtype).masked_fill_(torch.arange(own) < pads, -torch.inf)
+    k, v = (
+        torch.cat((shared[1].expand(3, -1, -1, -1), each[1]), dim=2)
+        for shared, each in (
+            (cache.common.keys, cache.keys),
+            (cache.common.values, cache.values),
+        )
+    )
+    whole = torch.cat((torch.zeros(3, 1, 1, common, dtype=dtype), mask), dim=-1)
+    expected = attend_one_query(q.float(), k.float(), v.float(), whole.float())
+    found = cache.attend(1, q, cache.keys[1], cache.values[1], mask)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=atol)
