@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ from mytune.training import (
     device_memory,
     fewest_ranks,
     fewest_recomputed_blocks,
+    from_rank_0,
     get_device,
     get_dtype,
     get_lr,
@@ -106,6 +108,9 @@ from mytune.training import (
     world_size,
     write_report,
 )
+
+# How the names of what is measured begin, after how many steps (null: each epoch), and how.
+Measurement = tuple[str, int | None, Callable[[], dict[str, float] | None]]
 
 # What the recipe hands to components itself: a config need not name it.
 SUPPLIED = {
@@ -319,8 +324,22 @@ def main(cfg: Config) -> None:
         progress = stack.enter_context(ProgressBar(total_steps, done=step))
         reset_peak_memory(device)  # what is logged is the training's, not the loading's
         trained_tokens, seconds = resumed.state["totals"] if resumed else (0, 0.0)
+        measurements: list[Measurement] = []
+        if val_loader:
+            measured = partial(validate, model, loss_fn, val_loader, device, stop)
+            measurements.append(("val_loss", cfg.run_val_every_n_steps, measured))
+        if tasks:
+            measured = partial(evaluate_scores, model, tokenizer, tasks, stop=stop)
+            measured = partial(measured, limit=cfg.eval_limit, chat_template=chat)
+            measurements.append(("eval/", cfg.eval_every_n_steps, measured))
+        complete = True
+        if resumed:  # the run may have ended while it measured
+            epoch_ends = step % loader.steps_per_epoch == 0
+            known = from_rank_0(logger.logged(step))
+            complete = measure(measurements, step, epoch_ends, logger, known)
+        steps = remaining_steps(loader, step, cfg.epochs) if complete else ()
         lap = time.perf_counter()
-        for epoch, micro_batches in remaining_steps(loader, step, cfg.epochs):
+        for epoch, micro_batches in steps:
             seed_step(seed, step, rank(), device)
             tokens = int(all_sum(count_targets(micro_batches)))
             loss = torch.zeros((), device=device)
@@ -355,35 +374,27 @@ def main(cfg: Config) -> None:
             metrics["tokens_per_second_per_gpu"] = speed
             if cfg.log_peak_memory_stats:
                 metrics |= memory_stats(device)
-            epoch_ends = step % loader.steps_per_epoch == 0
-            if val_loader and is_due(step, cfg.run_val_every_n_steps, otherwise=epoch_ends):
-                scores = validate(model, loss_fn, val_loader, device, stop)
-                log.info("step %d: %s", step, in_words(scores))
-                metrics |= scores
-            if step % cfg.log_every_n_steps == 0 or "val_loss" in metrics:
+            if step % cfg.log_every_n_steps == 0:
                 logger.log_dict(metrics, step)
             progress.update(step, loss_value, speed)
             profiler.step()
 
-            stopping = stop.on_any_rank()
-            if epoch_ends or stopping or is_due(step, cfg.save_every_n_steps):
-                name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
-                totals = trained_tokens, seconds
-                save(name, cfg, checkpointer, model, optimizer, step, dtype, run, totals)
-            if stopping:
-                break
+            epoch_ends = step % loader.steps_per_epoch == 0
+            name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
+            this = cfg, checkpointer, model, optimizer, step, dtype, run, (trained_tokens, seconds)
+            if saved := epoch_ends or is_due(step, cfg.save_every_n_steps):
+                save(name, *this)
             # After saving: it takes a while, and a task may fail.
-            if tasks and is_due(step, cfg.eval_every_n_steps, otherwise=epoch_ends):
-                scores = evaluate_scores(
-                    model, tokenizer, tasks, limit=cfg.eval_limit, chat_template=chat, stop=stop
-                )
-                log.info("step %d: %s", step, in_words(scores))
-                logger.log_dict(scores, step)
+            complete = measure(measurements, step, epoch_ends, logger)
+            if not complete or stop.on_any_rank():
+                if not saved:
+                    save(name, *this)
+                break
             lap = time.perf_counter()
         checkpointer.finish()
 
         report(cfg, checkpointer, logger, step, trained_tokens, seconds, model, device)
-        if step < total_steps:
+        if step < total_steps or not complete:
             raise StoppedEarly(
                 f"after step {step} of {total_steps}, saved; "
                 "to go on, run the same command with resume_from_checkpoint=True"
@@ -687,8 +698,8 @@ def is_due(step: int, every: int | None, otherwise: bool = False) -> bool:
 @torch.no_grad()
 def validate(
     model: Decoder, loss_fn: Any, loader: BatchLoader, device: torch.device, stop: StopSignal
-) -> dict[str, float]:
-    """Return the loss per trained token of the validation rows, or nothing if asked to stop."""
+) -> dict[str, float] | None:
+    """Return the loss per trained token of the validation rows, or None if asked to stop."""
     model.eval()
     loss = torch.zeros((), device=device)
     tokens, stopping = 0, False
@@ -701,13 +712,30 @@ def validate(
     reshard(model)
     model.train()
     if stopping:
-        return {}
+        return None
     return {"val_loss": all_sum(loss.item()) / max(all_sum(tokens), 1)}
 
 
-def in_words(scores: dict[str, float]) -> str:
-    """Return scores for the log; there are none where the run was asked to stop meanwhile."""
-    return " ".join(f"{k} {v:.4f}" for k, v in scores.items()) or "not evaluated: stopping"
+def measure(
+    measurements: Sequence[Measurement],
+    step: int,
+    epoch_ends: bool,
+    logger: MetricLoggers,
+    known: Collection[str] = (),
+) -> bool:
+    """Measure and log what is due after a step and not known; say if nothing is left.
+
+    Where the run is asked to stop meanwhile, the rest is measured when it goes on.
+    """
+    for name, every, measured in measurements:
+        if is_due(step, every, otherwise=epoch_ends) and not any(n.startswith(name) for n in known):
+            scores = measured()
+            if scores is None:
+                log.info("step %d: not measured: stopping", step)
+                return False
+            log.info("step %d: %s", step, " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            logger.log_dict(scores, step)
+    return True
 
 
 def save(

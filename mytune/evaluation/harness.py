@@ -100,13 +100,13 @@ def evaluate_scores(
     tokenizer: ModelTokenizer,
     tasks: Tasks,
     **settings: Any,
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Return `eval/TASK/METRIC` of a model in training, which stays in training mode.
 
     The name of a filter of answers follows the metric's, unless it is "none".
 
     Compiled blocks run eagerly: texts of ever new lengths would use up their recompilations.
-    Nothing is returned if `stop` was requested before the end.
+    None is returned if `stop` was requested before the end.
 
     Args:
         settings: further arguments of `evaluate`.
@@ -116,9 +116,10 @@ def evaluate_scores(
         with torch.compiler.set_stance("force_eager"):
             results = evaluate(model, tokenizer, tasks, bootstrap_iters=0, **settings)["results"]
     except EvaluationStopped:
-        results = {}
-    reshard(model)
-    model.train()
+        return None
+    finally:
+        reshard(model)
+        model.train()
     return {
         f"eval/{task}/{name.removesuffix(',none').replace(',', '/')}": value
         for task, metrics in results.items()

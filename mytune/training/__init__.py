@@ -20,6 +20,7 @@ _WHERE = {
     "all_sum": "distributed",
     "process_group": "distributed",
     "restarts": "distributed",
+    "from_rank_0": "distributed",
     "rank": "distributed",
     "sum_gradients": "distributed",
     "parallel_dims": "sharding",

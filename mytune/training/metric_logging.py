@@ -47,6 +47,10 @@ class MetricLogger:
     def resume_at(self, step: int) -> None:
         """Forget what was logged after `step`, where that is possible; 0 starts over."""
 
+    def logged(self, step: int) -> set[str]:
+        """Return the names of what was logged at a step, as far as that can be told."""
+        return set()
+
     def close(self) -> None:
         """Finish writing."""
 
@@ -79,6 +83,9 @@ class MetricLoggers(MetricLogger):
     def resume_at(self, step: int) -> None:
         for logger in self.loggers:
             logger.resume_at(step)
+
+    def logged(self, step: int) -> set[str]:
+        return set[str]().union(*(logger.logged(step) for logger in self.loggers))
 
     def close(self) -> None:
         for logger in self.loggers:
@@ -121,6 +128,12 @@ class DiskLogger(MetricLogger):
                 )
             kept = [line for line in lines if _step(line) <= step]
             write_atomic(self.path, b"".join(line + b"\n" for line in kept))
+
+    def logged(self, step: int) -> set[str]:
+        if rank() != 0 or not self.path.exists():
+            return set()
+        lines = self.path.read_bytes().splitlines()
+        return {name for line in lines if _step(line) == step for name in json.loads(line)}
 
 
 def _no_link(path: str, flags: int) -> int:

@@ -451,6 +451,11 @@ def curve_of(folder):
     return [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
 
 
+def evaluations(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if "eval/dates/exact_match" in row]
+
+
 @pytest.mark.parametrize("every", [None, 2])
 def test_a_run_evaluates_while_it_trains(tmp_path, every):
     words = [f"output_dir={tmp_path}", "eval_tasks=[dates]", "eval_limit=3", "batch_size=4"]
@@ -467,6 +472,7 @@ def test_a_task_that_fails_costs_nothing_that_was_trained(tmp_path, monkeypatch,
     def failing(*_, **settings):
         raise DataError(f"a task fails at a limit of {settings['limit']}")
 
+    evaluate_scores = harness.evaluate_scores
     monkeypatch.setattr(harness, "evaluate_scores", failing)
     words = [f"output_dir={tmp_path}", "eval_tasks=[dates]", "eval_limit=3", "batch_size=4"]
     words += [f"eval_include_path={ASSETS / 'tasks'}", "dataset_val=null", "max_steps_per_epoch=2"]
@@ -474,13 +480,17 @@ def test_a_task_that_fails_costs_nothing_that_was_trained(tmp_path, monkeypatch,
     assert main(["run", *config, *words]) == 3
     assert "a task fails at a limit of 3" in capfd.readouterr().err
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    assert main(["run", *config, *words, "resume_from_checkpoint=true"]) == 0
+    monkeypatch.setattr(harness, "evaluate_scores", evaluate_scores)
+    for _ in range(2):  # what is known is not measured again
+        assert main(["run", *config, *words, "resume_from_checkpoint=true"]) == 0
+        assert len(evaluations(tmp_path)) == 1
     assert (tmp_path / "summary.json").exists()
 
 
-def test_a_signal_ends_an_evaluation_and_the_run_can_go_on(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_signal_ends_an_evaluation_and_the_run_can_go_on(tmp_path, monkeypatch, capfd, at):
     words = ["eval_tasks=[dates]", f"eval_include_path={ASSETS / 'tasks'}", "dataset_val=null"]
-    words += ["eval_limit=6", "eval_every_n_steps=2", "max_steps_per_epoch=4", "batch_size=4"]
+    words += ["eval_limit=6", f"eval_every_n_steps={at}", "max_steps_per_epoch=4", "batch_size=4"]
     config = ["run", "lora_finetune_single_device", "--config", "tiny/lora_single_device", *words]
     monkeypatch.setitem(batches._AUTO, "cpu", 1)  # a batch is a question
     assert main([*config, f"output_dir={tmp_path / 'straight'}"]) == 0
@@ -498,13 +508,16 @@ def test_a_signal_ends_an_evaluation_and_the_run_can_go_on(tmp_path, monkeypatch
     stopped = [*config, f"output_dir={tmp_path / 'stopped'}"]
     assert main(stopped) == 75
     assert len(answered) == 2
-    assert "not evaluated: stopping" in capfd.readouterr().err
-    assert (tmp_path / "stopped" / "step_3").exists()
+    assert "not measured: stopping" in capfd.readouterr().err
+    assert (tmp_path / "stopped" / {2: "step_2", 4: "epoch_0"}[at]).exists()
     lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
-    assert all("loss" in json.loads(line) for line in lines) and len(lines) == 3
+    assert all("loss" in json.loads(line) for line in lines) and len(lines) == at
+    answered.append(0)
     assert main([*stopped, "resume_from_checkpoint=true"]) == 0
     curves = [curve_of(tmp_path / name) for name in ("straight", "stopped")]
     assert curves[0] == curves[1] and len(curves[0]) == 4
+    scores = [evaluations(tmp_path / name) for name in ("straight", "stopped")]
+    assert scores[0] == scores[1] and len(scores[0]) == 4 // at
 
 
 def test_compiled_blocks_run_eagerly_while_tasks_are_evaluated(monkeypatch):

@@ -100,4 +100,4 @@ def run(tmp_path: Path) -> Run:
 
 def curve(metrics: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
     """Return what two equal runs must share: loss, gradient norm and learning rate of each step."""
-    return [(m["loss"], m["grad_norm"], m["lr"]) for m in metrics]
+    return [(m["loss"], m["grad_norm"], m["lr"]) for m in metrics if "loss" in m]

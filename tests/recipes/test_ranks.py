@@ -170,6 +170,8 @@ def test_r7_a_signal_to_one_rank_ends_the_validation_of_all(config, tmp_path, he
     assert [line["step"] for line in stopped] == [1, 2] and "val_loss" not in stopped[-1]
     resumed = run_ranks(config, tmp_path, held, "resume_from_checkpoint=True")
     assert curve(resumed) == curve(expected)
+    left, right = ([m["val_loss"] for m in run if "val_loss" in m] for run in (resumed, expected))
+    assert left and left == right
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 1), (1, 2)])

@@ -234,6 +234,10 @@ def test_r7_a_signal_ends_the_step_saves_and_can_be_resumed(run, config, tmp_pat
     assert curve(resumed) == curve(run(straight, f"epochs={epochs}"))
 
 
+def validations(metrics):
+    return [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]
+
+
 def test_r7_a_signal_ends_a_validation(run, config, monkeypatch):
     config |= {"dataset_val": config["dataset"], "run_val_every_n_steps": 2, "epochs": 1}
     expected = run({**config, "output_dir": config["output_dir"] + "_straight"})
@@ -253,6 +257,7 @@ def test_r7_a_signal_ends_a_validation(run, config, monkeypatch):
     assert [m["step"] for m in stopped] == [1, 2] and "val_loss" not in stopped[-1]
     resumed = run(config, "resume_from_checkpoint=True")
     assert curve(resumed) == curve(expected)
+    assert validations(resumed) == validations(expected) and len(validations(expected)) >= 2
 
 
 def test_r2_a_kill_never_costs_the_last_good_checkpoint(run, config, tmp_path):
