@@ -30,7 +30,7 @@ from mytune.generation import (
     pack_linears,
 )
 from mytune.modules import Decoder
-from mytune.tokenizers import Message, ModelTokenizer
+from mytune.tokenizers import Message, ModelTokenizer, check_vocabulary
 from mytune.training import (
     get_device,
     get_dtype,
@@ -110,6 +110,7 @@ def main(cfg: Config) -> int:
     checkpointer = instantiate(cfg.checkpointer)
     with torch.device("meta"):
         model = instantiate(cfg.model)
+    check_vocabulary(tokenizer, model.config.vocab_size)
     length = min(cfg.max_seq_len, model.config.max_seq_len)
     turns = begin(cfg.system)
     shortest = tokenize([*turns, Message("user", "Hello")], tokenizer)

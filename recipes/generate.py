@@ -37,7 +37,7 @@ from mytune.generation import (
 )
 from mytune.modules import Decoder, DecoderConfig
 from mytune.quantization import stored_bytes
-from mytune.tokenizers import Message, ModelTokenizer
+from mytune.tokenizers import Message, ModelTokenizer, check_vocabulary
 from mytune.training import (
     get_device,
     get_dtype,
@@ -125,6 +125,7 @@ def main(cfg: Config) -> int:
     checkpointer, quantizer = instantiate(cfg.checkpointer), instantiate(cfg.quantizer)
     with torch.device("meta"):
         model = instantiate(cfg.model)
+    check_vocabulary(tokenizer, model.config.vocab_size)
     if cfg.prompt_file is None:
         rows, prompts = [{"prompt": cfg.prompt}], [tokenize_prompt(cfg.prompt, tokenizer)]
         check_prompt(prompts[0], model.config)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mytune.errors import ConfigError
 from mytune.tokenizers.messages import Message
+
+log = logging.getLogger("mytune")
 
 
 class StreamDecoder:
@@ -30,11 +33,20 @@ class StreamDecoder:
 
 
 def check_vocabulary(tokenizer: ModelTokenizer, vocab_size: int) -> None:
-    """Raise ConfigError for a tokenizer that has ids which a model has not."""
+    """Raise ConfigError for a tokenizer with ids that a model has not; warn of one that lacks many.
+
+    Models are often a little larger: their vocabulary is filled up to a round number.
+    """
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model only {vocab_size}: "
             "tokenizer.path or model is of another family"
+        )
+    if tokenizer.vocab_size < 0.9 * vocab_size:
+        log.warning(
+            "the tokenizer has %d ids and the model %d: tokenizer.path may be of another family",
+            tokenizer.vocab_size,
+            vocab_size,
         )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models
 
+from mytune.assets import ASSETS
 from mytune.errors import CheckpointError, ConfigError, ResourceError, TuneError
-from mytune.tokenizers import Llama3Tokenizer, llama3_tokenizer
+from mytune.tokenizers import Llama3Tokenizer, check_vocabulary, llama3_tokenizer
 from mytune.tokenizers.files import find_tokenizer
 from mytune.tokenizers.llama3 import SPECIAL_TOKENS
 
@@ -192,3 +193,12 @@ def test_wrong_settings_are_refused(tiny_file: Path, tiny: Llama3Tokenizer) -> N
     assert "max_seq_len" in refusal(ConfigError, tiny_file, max_seq_len=0)
     with pytest.raises(CheckpointError, match=f"token id {tiny.vocab_size} "):
         tiny.decode([tiny.vocab_size])
+
+
+@pytest.mark.parametrize(("size", "word"), [(1.0, ""), (1.05, ""), (1.2, "of another family")])
+def test_a_model_with_many_more_ids_than_the_tokenizer_is_told(caplog, size, word):
+    tokenizer = llama3_tokenizer(str(ASSETS / "tiny"))
+    check_vocabulary(tokenizer, int(size * tokenizer.vocab_size))
+    assert bool(caplog.messages) == bool(word) and word in caplog.text
+    with pytest.raises(ConfigError, match="and the model only"):
+        check_vocabulary(tokenizer, tokenizer.vocab_size - 1)
