@@ -8,7 +8,7 @@ product of matrices is done twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,16 +26,33 @@ class Derived(NamedTuple):
 
 
 class _Once:
-    """A `make` whose value, once made, stays: projections that share an input make it once."""
+    """A `make` for the backward pass, whose value stays: all that need it make it once.
 
-    def __init__(self, make: Callable[..., Tensor]) -> None:
-        self.make = make
-        self.value: Tensor | None = None
+    Those are the projections that share the input, and then the step itself.
+    """
+
+    def __init__(self, make: Callable[..., Tensor], needs: Sequence[bool]) -> None:
+        self.make, self.needs = make, needs  # which sources need gradients
+        self._made: tuple[Tensor, list[Tensor]] | None = None
 
     def __call__(self, *sources: Tensor) -> Tensor:
-        if self.value is None:
-            self.value = self.make(*sources)
-        return self.value
+        if self._made is None:
+            with torch.enable_grad():
+                leaves = [
+                    source.detach().requires_grad_(need)
+                    for source, need in zip(sources, self.needs, strict=True)
+                ]
+                self._made = self.make(*leaves), leaves
+        return self._made[0].detach()
+
+    def gradients(self, grad: Tensor, sources: Sequence[Tensor]) -> Iterator[Tensor | None]:
+        """Yield the gradients of the sources; the value is let go."""
+        self(*sources)
+        assert self._made
+        (value, leaves), self._made = self._made, None
+        needed = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(value, needed, grad))
+        return (next(found) if need else None for need in self.needs)
 
 
 class _Step(torch.autograd.Function):
@@ -49,17 +66,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.once.value = None  # every projection of it is done
-        needs = ctx.needs_input_grad[1:]
-        with torch.enable_grad():
-            sources = [
-                source.detach().requires_grad_(need)
-                for source, need in zip(ctx.saved_tensors, needs, strict=True)
-            ]
-            value = ctx.once.make(*sources)
-        needed = [source for source in sources if source.requires_grad]
-        grads = iter(torch.autograd.grad(value, needed, grad))
-        return None, *(next(grads) if need else None for need in needs)
+        return None, *ctx.once.gradients(grad, ctx.saved_tensors)
 
 
 def derive(make: Callable[..., Tensor], *sources: Tensor) -> Derived:
@@ -72,7 +79,8 @@ def derive(make: Callable[..., Tensor], *sources: Tensor) -> Derived:
     if torch.compiler.is_compiling():  # which sees through a Function and keeps what it likes
         value = checkpoint(make, *sources, use_reentrant=False, preserve_rng_state=False)
         return Derived(value, make, sources)
-    once = _Once(make)  # a Function is a fourth of the work of a checkpoint: small models feel it
+    # A Function is a fourth of the work of a checkpoint: small models feel it.
+    once = _Once(make, [source.requires_grad for source in sources])
     return Derived(_Step.apply(once, *sources), once, sources)  # type: ignore[no-untyped-call]
 
 

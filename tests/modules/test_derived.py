@@ -267,3 +267,18 @@ def test_inference_keeps_nothing_and_gives_the_same():
     x, rope = torch.randn(2, 10, SIZES.embed_dim), rope_angles(SIZES, torch.arange(10)[None])
     with torch.inference_mode():
         assert torch.equal(block(x, rope), expected)
+
+
+def test_an_input_is_made_again_once_for_all_that_need_it():
+    made = []
+
+    def make(x):
+        made.append(x)
+        return x.sin()
+
+    x = torch.randn(3, 4, requires_grad=True)
+    weights = [torch.randn(5, 4, requires_grad=True) for _ in range(3)]
+    value = derived.derive(make, x)
+    sum(derived.product(value, weight).sum() for weight in weights).backward()
+    assert len(made) == 2  # for the projections, and then for their weights and `x`
+    assert all(weight.grad is not None for weight in weights) and x.grad is not None
