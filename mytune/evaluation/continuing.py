@@ -4,96 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from mytune.evaluation.batches import cut, run_batches
-from mytune.evaluation.trees import TREE, common_prefix, plant, stack
 from mytune.generation import Decoding, Sampling
-from mytune.generation.kv_cache import BranchedKVCache, KVCache
-from mytune.generation.reading import CachedReader
-from mytune.modules.decoder import Cache, Decoder
+from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
 from mytune.training.signals import StopSignal
 
-_SAVED = 256  # keys of which no copy is read, so that it pays to keep them once
 _MORE = 4  # times as many tokens as when scoring: a step reads all weights, however few rows it has
-
-
-class SharedDecoding(Decoding):
-    """A `Decoding` that reads what its prompts begin with once, see `mytune.evaluation.trees`."""
-
-    def __init__(
-        self,
-        model: Decoder,
-        prompts: Sequence[Sequence[int]],
-        *,
-        enable_kv_cache: bool,
-        **rest: Any,
-    ) -> None:
-        super().__init__(model, prompts, enable_kv_cache=enable_kv_cache, **rest)
-        unread = _unread(prompts)
-        if enable_kv_cache and any(unread):
-            _read_as_trees(model, unread, self._reader.cache)  # type: ignore[union-attr]
-            self._tokens = self._tokens[:, -1:]
-
-    def _cached_reader(
-        self,
-        model: Decoder,
-        prompts: Sequence[Sequence[int]],
-        length: int,
-        pads: Tensor | None,
-        compile: bool,
-    ) -> CachedReader:
-        first, *others = (np.asarray(row) for row in _unread(prompts))
-        common = min((common_prefix(first, row) for row in others), default=0)
-        if model.device.type != "cpu" or common * len(others) < _SAVED:
-            return super()._cached_reader(model, prompts, length, pads, compile)
-        cache = BranchedKVCache(
-            model.config,
-            common=common,
-            batch_size=len(prompts),
-            length=length,
-            device=model.device,
-            dtype=model.dtype,
-        )
-        return CachedReader(model, cache, pads)
-
-
-def _unread(prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Return what can be read beforehand: all but the last token, whose logits are to come."""
-    return [prompt[:-1] for prompt in prompts]
-
-
-@torch.inference_mode()
-def _read_as_trees(model: Decoder, rows: Sequence[Sequence[int]], cache: KVCache) -> None:
-    """Read rows, and leave keys and values in the cache as if they had been read left-padded."""
-    trees, longest, device = plant(rows, TREE), max(map(len, rows)), model.device
-    copies = [
-        (number, place, row, longest - len(path) + depth - cache.first)
-        for number, its_paths in enumerate(tree.paths for tree in trees)
-        for row, path in its_paths.items()
-        for depth, place in enumerate(path.tolist())
-        if depth >= cache.first
-    ]
-    tree, place, row, slot = torch.tensor(copies, dtype=torch.long, device=device).view(-1, 4).T
-
-    class Spread(Cache):
-        """Copies what a tree's tokens leave to all the rows that they belong to."""
-
-        def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            cache.keys[layer][row, :, slot] = k[tree, :, place]
-            cache.values[layer][row, :, slot] = v[tree, :, place]
-            if isinstance(cache, BranchedKVCache):  # a tree begins with the first of its paths
-                cache.common.update(layer, k[:1, :, : cache.first], v[:1, :, : cache.first])
-            return k, v
-
-    tokens, positions, mask = (None if x is None else x.to(device) for x in stack(trees))
-    model(tokens, positions, mask, Spread(), output_hidden=True)
-    cache.filled = longest - cache.first
 
 
 @dataclass(frozen=True)
@@ -158,7 +78,7 @@ def _continue(
     generator: torch.Generator,
     enable_kv_cache: bool,
 ) -> list[str]:
-    decoding = SharedDecoding(
+    decoding = Decoding(
         model,
         [prompt.ids for prompt in prompts],
         max_new_tokens=[prompt.max_new_tokens for prompt in prompts],

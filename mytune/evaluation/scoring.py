@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mytune.errors import NumericalError
 from mytune.evaluation.batches import cut, run_batches
-from mytune.evaluation.trees import TREE, Tree, plant, stack
+from mytune.generation.trees import TREE, Tree, plant, stack
 from mytune.modules.decoder import Decoder
 from mytune.training.signals import StopSignal
 
@@ -44,7 +44,7 @@ def score(
     Args:
         model: in eval mode; its weights say the device.
         requests: contexts of at least one token; continuations may be empty.
-        batch_size: trees (see `mytune.evaluation.trees`) at once, or "auto".
+        batch_size: trees (see `mytune.generation.trees`) at once, or "auto".
         stop: see `run_batches`.
 
     Raises:

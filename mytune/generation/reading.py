@@ -6,13 +6,14 @@ Letters in shape comments: b batch, s tokens read at once, t keys, v vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from mytune.generation.kv_cache import KVCache
+from mytune.generation.kv_cache import BranchedKVCache, KVCache
+from mytune.generation.trees import Tree, stack
 from mytune.modules.decoder import Cache, Decoder, Rope, rope_angles
 
 _WARM_UP = 3  # steps before a CUDA graph is recorded: kernels are compiled and chosen in them
@@ -46,11 +47,48 @@ class CachedReader:
         hidden = self.model(tokens, positions, mask, self.cache, output_hidden=True)
         return self.model.head(hidden[:, -1])
 
+    @torch.inference_mode()
+    def read_trees(self, trees: Sequence[Tree]) -> None:
+        """Read the rows of trees as if they were left-padded; what they share is read once."""
+        longest = max(len(path) for tree in trees for path in tree.paths.values())
+        tokens, positions, mask = stack(trees)
+        device, spread = self.model.device, _Spread(self.cache, trees, longest, self.model.device)
+        if mask is not None:
+            mask = mask.to(device)
+        self.model(tokens.to(device), positions.to(device), mask, spread, output_hidden=True)
+        self.cache.filled = longest - self.cache.first
+
     def repeat(self, times: int) -> None:
         """Make `times` rows of every row, side by side."""
         self.cache.repeat(times)
         if self.pads is not None:
             self.pads = self.pads.repeat_interleave(times)
+
+
+class _Spread(Cache):
+    """Copies keys and values of trees' tokens to all the rows that they belong to."""
+
+    def __init__(
+        self, cache: KVCache, trees: Sequence[Tree], longest: int, device: torch.device
+    ) -> None:
+        copies = [
+            (number, place, row, longest - len(path) + depth - cache.first)
+            for number, its_paths in enumerate(tree.paths for tree in trees)
+            for row, path in its_paths.items()
+            for depth, place in enumerate(path.tolist())
+            if depth >= cache.first
+        ]
+        self._cache = cache
+        self._copies = torch.tensor(copies, dtype=torch.long, device=device).view(-1, 4).T
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        tree, place, row, slot = self._copies
+        self._cache.keys[layer][row, :, slot] = k[tree, :, place]
+        self._cache.values[layer][row, :, slot] = v[tree, :, place]
+        if isinstance(self._cache, BranchedKVCache):  # a tree begins with the first of its paths
+            first = self._cache.first
+            self._cache.common.update(layer, k[:1, :, :first], v[:1, :, :first])
+        return k, v
 
 
 class StaticReader(CachedReader):

@@ -1,4 +1,4 @@
-"""Trees, batches and scores: against every sequence read alone."""
+"""Batches and scores: against every sequence read alone."""
 
 from __future__ import annotations
 
@@ -10,57 +10,10 @@ import torch
 from mytune.errors import ConfigError
 from mytune.evaluation import Request, batches, check_batch_size, score
 from mytune.evaluation.batches import cut, run_batches
-from mytune.evaluation.continuing import SharedDecoding
-from mytune.evaluation.trees import plant, stack
-from mytune.generation import Decoding, generate
-from mytune.generation.kv_cache import BranchedKVCache
+from tests.generation.conftest import sequences
 from tests.hf import twins
 
 CPU = torch.device("cpu")
-
-
-def sequences(seed=0):
-    """Return sequences of which many begin alike, some are equal, some are parts of others."""
-    draw = random.Random(seed)
-    found = [[draw.randrange(3, 160) for _ in range(draw.randrange(1, 30))] for _ in range(5)]
-    for _ in range(40):
-        stem = draw.choice(found)
-        end = [draw.randrange(3, 160) for _ in range(draw.randrange(0, 9))]
-        found.append(stem[: draw.randrange(1, len(stem) + 1)] + end)
-    return found
-
-
-@pytest.mark.parametrize("room", [1, 40, 1000])
-def test_trees_hold_every_sequence_and_each_shared_token_once(room):
-    wanted = sequences()
-    trees = plant(wanted, room)
-    found = {
-        key: ([t.tokens[i] for i in path], [t.positions[i] for i in path])
-        for t in trees
-        for key, path in t.paths.items()
-    }
-    assert found == {i: (s, list(range(len(s)))) for i, s in enumerate(wanted)}
-    assert [len(t) for t in trees] == sorted(map(len, trees), reverse=True)
-    for tree in trees:
-        assert {node for path in tree.paths.values() for node in path} == set(range(len(tree)))
-        prefixes = {
-            tuple(wanted[key][: i + 1]) for key in tree.paths for i in range(len(wanted[key]))
-        }
-        assert len(prefixes) == len(tree)
-    assert sum(map(len, plant(wanted, 1000))) < sum(map(len, wanted)) / 2
-
-
-def test_the_mask_shows_each_token_its_ancestors():
-    trees = plant([[5, 6, 7], [5, 6, 8, 9], [5, 6, 8, 9, 4]], 100)
-    tokens, positions, mask = stack(trees)
-    assert tokens.tolist() == [[5, 6, 7, 8, 9, 4]]
-    assert positions.tolist() == [[0, 1, 2, 2, 3, 4]]
-    seen = [{5}, {5, 6}, {5, 6, 7}, {5, 6, 8}, {5, 6, 8, 9}, {5, 6, 8, 9, 4}]
-    assert [set(tokens[0][row].tolist()) for row in mask[0, 0]] == seen
-
-
-def test_what_does_not_branch_needs_no_mask():
-    assert stack(plant([[5, 6, 7], [8, 9]], 100))[2] is None
 
 
 @torch.no_grad()
@@ -137,34 +90,3 @@ def test_what_does_not_fit_into_memory_is_halved_unless_ranks_must_run_in_step(
 def test_an_impossible_batch_size_is_refused(batch_size):
     with pytest.raises(ConfigError, match="1 or more, or auto"):
         check_batch_size(batch_size)
-
-
-def test_prompts_that_begin_alike_are_continued_as_if_read_alone():
-    model, _ = twins(initializer_range=0.2)
-    prompts = [[*s, 7] for s in sequences(2)[:12]]
-    decoding = SharedDecoding(model, prompts, max_new_tokens=9, enable_kv_cache=True)
-    for _ in decoding:
-        pass
-    wanted = [list(generate(model, prompt, max_new_tokens=9)) for prompt in prompts]
-    assert [row.tokens for row in decoding.rows] == wanted
-
-
-def ends(*lengths):
-    return [list(range(20, 20 + length)) for length in lengths]
-
-
-@pytest.mark.parametrize("ends", [ends(5, 1, 9), ends(1, 1, 1), ends(4, 4, 4), ends(30, 1)])
-def test_keys_of_a_long_common_beginning_are_kept_once(ends):
-    model, _ = twins(initializer_range=0.2, max_position_embeddings=512)
-    common = [1 + i % 150 for i in range(300)]
-    prompts = [common + end for end in ends]
-    several = SharedDecoding(model, prompts, max_new_tokens=9, enable_kv_cache=True, logprobs=True)
-    assert isinstance(several._reader.cache, BranchedKVCache)
-    for _ in several:
-        pass
-    for prompt, row in zip(prompts, several.rows, strict=True):
-        alone = Decoding(model, [prompt], max_new_tokens=9, logprobs=True)
-        for _ in alone:
-            pass
-        assert row.tokens == alone.rows[0].tokens
-        assert row.logprobs == pytest.approx(alone.rows[0].logprobs, abs=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,14 @@ def stories(data_dir: Path, request: pytest.FixtureRequest) -> tuple[Decoder, Ll
 def expected(data_dir: Path) -> dict[str, Any]:
     """What the stories model says, by another implementation."""
     return json.loads((data_dir / "stories260K" / "EXPECTED.json").read_text())
+
+
+def sequences(seed=0):
+    """Return sequences of which many begin alike, some are equal, some are parts of others."""
+    draw = random.Random(seed)
+    found = [[draw.randrange(3, 160) for _ in range(draw.randrange(1, 30))] for _ in range(5)]
+    for _ in range(40):
+        stem = draw.choice(found)
+        end = [draw.randrange(3, 160) for _ in range(draw.randrange(0, 9))]
+        found.append(stem[: draw.randrange(1, len(stem) + 1)] + end)
+    return found

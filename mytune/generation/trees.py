@@ -69,7 +69,7 @@ def plant(sequences: Sequence[Sequence[int]], room: int) -> list[Tree]:
     before = np.empty(0, dtype=">i4")
     for key in sorted(range(len(arrays)), key=lambda i: arrays[i].tobytes()):
         array = arrays[key]
-        shared, length = common_prefix(before, array), len(array)
+        shared, length = _common_prefix(before, array), len(array)
         fits = trees and len(trees[-1]) + length - shared <= max(room, 2 * length)
         if not fits or 4 * shared < length:
             trees.append(Tree())
@@ -79,8 +79,20 @@ def plant(sequences: Sequence[Sequence[int]], room: int) -> list[Tree]:
     return sorted(trees, key=len, reverse=True)
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Return how many tokens two sequences begin with alike."""
+def plant_if_alike(sequences: Sequence[Sequence[int]]) -> list[Tree]:
+    """Return trees that hold all sequences, or none if they save less than a quarter of them."""
+    trees = plant(sequences, TREE)
+    padded = len(trees) * len(trees[0])
+    return trees if 4 * padded <= 3 * len(sequences) * max(map(len, sequences)) else []
+
+
+def common_beginning(sequences: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all sequences begin with alike."""
+    first, *others = (np.asarray(each) for each in sequences)
+    return min((_common_prefix(first, each) for each in others), default=len(first))
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
     return int(differ[0]) if len(differ) else length
