@@ -21,6 +21,7 @@ from mytune.config import Component, check_may_run, config_yaml, instantiate
 from mytune.errors import ConfigError
 from mytune.evaluation import (
     check_batch_size,
+    check_limit,
     check_lm_eval,
     check_output,
     check_tasks,
@@ -148,11 +149,9 @@ def check(cfg: Config) -> None:
     check_output(cfg.output_dir, cfg.compare)
     read_chat_template(cfg.chat_template)
     check_may_run(cfg.tasks, cfg.include_path)
-    for key in ("limit", "max_seq_length"):
-        if (value := getattr(cfg, key)) is not None and not value > 0:
-            raise ConfigError(f"{key} is {value}; it must be above 0, or null")
-    if cfg.limit is not None and cfg.limit > 1 and cfg.limit % 1:
-        raise ConfigError(f"limit is {cfg.limit}; above 1 it is a number of documents, and whole")
+    check_limit("limit", cfg.limit)
+    if cfg.max_seq_length is not None and not cfg.max_seq_length > 0:
+        raise ConfigError(f"max_seq_length is {cfg.max_seq_length}; it must be above 0, or null")
     if cfg.fewshot_as_multiturn and not cfg.chat_template:
         raise ConfigError("fewshot_as_multiturn needs chat_template=true")
     if cfg.num_fewshot is not None and cfg.num_fewshot < 0:

@@ -33,6 +33,7 @@ from mytune.config import (
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
 from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
 from mytune.evaluation import (
+    check_limit,
     check_tasks,
     evaluate_scores,
     load_tasks,
@@ -110,7 +111,7 @@ from mytune.training import (
 )
 
 # How the names of what is measured begin, after how many steps (null: each epoch), and how.
-Measurement = tuple[str, int | None, Callable[[], dict[str, float] | None]]
+Measurement = tuple[list[str], int | None, Callable[[], dict[str, float] | None]]
 
 # What the recipe hands to components itself: a config need not name it.
 SUPPLIED = {
@@ -281,7 +282,7 @@ def main(cfg: Config) -> None:
         val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
         tasks = load_tasks(cfg.eval_tasks, cfg.eval_include_path) if cfg.eval_tasks else None
         chat = read_chat_template(cfg.eval_chat_template)
-        run = identity(cfg, loader, tokenizer, seed)
+        run = identity(cfg, loader, tokenizer, seed, dtype)
         check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
 
@@ -327,11 +328,12 @@ def main(cfg: Config) -> None:
         measurements: list[Measurement] = []
         if val_loader:
             measured = partial(validate, model, loss_fn, val_loader, device, stop)
-            measurements.append(("val_loss", cfg.run_val_every_n_steps, measured))
+            measurements.append((["val_loss"], cfg.run_val_every_n_steps, measured))
         if tasks:
             measured = partial(evaluate_scores, model, tokenizer, tasks, stop=stop)
             measured = partial(measured, limit=cfg.eval_limit, chat_template=chat)
-            measurements.append(("eval/", cfg.eval_every_n_steps, measured))
+            names = [f"eval/{task}/" for task in tasks["tasks"]]
+            measurements.append((names, cfg.eval_every_n_steps, measured))
         complete = True
         if resumed:  # the run may have ended while it measured
             epoch_ends = step % loader.steps_per_epoch == 0
@@ -507,6 +509,7 @@ def check_counts(cfg: Config) -> None:
     counts = {key: getattr(cfg, key) for key in keys}
     if low := [f"{key} is {n}" for key, n in counts.items() if n is not None and n < 1]:
         raise ConfigError(f"{', '.join(low)}; it must be at least 1")
+    check_limit("eval_limit", cfg.eval_limit)
     if cfg.device_memory is not None and not cfg.device_memory > 0:
         raise ConfigError(f"device_memory is {cfg.device_memory}; it must be above 0 GiB, or null")
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
@@ -582,7 +585,7 @@ def as_list(one_or_many: Any) -> list[Any]:
 
 
 def identity(
-    cfg: Config, loader: BatchLoader, tokenizer: ModelTokenizer, seed: int
+    cfg: Config, loader: BatchLoader, tokenizer: ModelTokenizer, seed: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return what makes a run this run; every checkpoint of it says so."""
     return {
@@ -594,21 +597,23 @@ def identity(
         "steps_per_epoch": loader.steps_per_epoch,
         "rows_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * world_size(),
         "world_size": world_size(),
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 
 def check_same_run(resumed: Published | None, run: dict[str, Any]) -> None:
-    """Refuse to go on over other data or batches, where step n would be another step."""
+    """Refuse to go on over other data, batches or numbers, where step n would be another step."""
     if resumed is None:
         return
     was = {**run, **resumed.state["run"]}  # an older one may know less
-    keys = ("data", "shuffle", "steps_per_epoch", "rows_per_step")
+    keys = ("data", "shuffle", "steps_per_epoch", "rows_per_step", "dtype")
     changed = [f"{key}: was {was[key]}, is {run[key]}" for key in keys if was[key] != run[key]]
     if changed:
         raise ConfigError(
-            f"{resumed.path} was trained on other data or other batches; resume with the dataset, "
-            "tokenizer, shuffle, batch_size, gradient_accumulation_steps and max_steps_per_epoch "
-            f"it had, or start a new run from it with checkpointer.checkpoint_dir={resumed.path}",
+            f"{resumed.path} was trained on other data or batches, or in another dtype; resume "
+            "with the dataset, tokenizer, shuffle, batch_size, gradient_accumulation_steps, "
+            "max_steps_per_epoch and dtype it had, or start a new run from it with "
+            f"checkpointer.checkpoint_dir={resumed.path}",
             changed,
         )
 
@@ -727,8 +732,9 @@ def measure(
 
     Where the run is asked to stop meanwhile, the rest is measured when it goes on.
     """
-    for name, every, measured in measurements:
-        if is_due(step, every, otherwise=epoch_ends) and not any(n.startswith(name) for n in known):
+    for names, every, measured in measurements:
+        new = not all(any(each.startswith(name) for each in known) for name in names)
+        if new and is_due(step, every, otherwise=epoch_ends):
             scores = measured()
             if scores is None:
                 log.info("step %d: not measured: stopping", step)

@@ -61,6 +61,8 @@ def _build(
         filter_fn: keep rows for which it is true; such a dataset is not cached.
         on_bad_row: `error` to stop at a row that cannot be used, `skip` to leave out and count it.
     """
+    if max_seq_len is not None and max_seq_len < 1:
+        raise ConfigError(f"dataset.max_seq_len is {max_seq_len}; at least 1, or null")
     room = max_seq_len or tokenizer.max_seq_len
     limit = None if packed and split_across_pack else room
     rows = open_source(source, split, data_files, data_dir, name, revision, sample_by)

@@ -5,6 +5,7 @@ from mytune._lazy import lazy_names
 _WHERE = {
     "HarnessModel": "adapter",
     "check_batch_size": "batches",
+    "check_limit": "tasks",
     "ChatTemplate": "chat_template",
     "read_chat_template": "chat_template",
     "evaluate": "harness",

@@ -33,6 +33,18 @@ def check_lm_eval() -> None:
         )
 
 
+def check_limit(key: str, limit: float | None) -> None:
+    """Raise ConfigError unless a limit is a number of documents, a share of them below 1, or None.
+
+    Args:
+        key: what it is called in the config.
+    """
+    if limit is not None and not limit > 0:
+        raise ConfigError(f"{key} is {limit}; it must be above 0, or null")
+    if limit is not None and limit > 1 and limit % 1:
+        raise ConfigError(f"{key} is {limit}; above 1 it is a number of documents, and whole")
+
+
 def load_tasks(
     names: Sequence[str],
     include_path: str | Path | None = None,

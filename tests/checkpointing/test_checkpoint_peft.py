@@ -143,6 +143,12 @@ def test_the_adapter_names_its_base_model(hf_dir: Path, tmp_path: Path) -> None:
     assert named("b") == "me/tiny"
     (hf_dir / "original_repo_id.json").write_text('{"repo_id": "hub/tiny"}')
     assert named("c") == "hub/tiny"
+    (tuned := tmp_path / "c" / "tuned").mkdir()
+    for file in hf_dir.iterdir():
+        (tuned / file.name).write_bytes(file.read_bytes())
+    (tuned / "MANIFEST.json").write_text("{}")  # a run left it: its weights are of no repository
+    hf_dir = tuned
+    assert named("d") == str(tuned.resolve())
 
 
 def test_an_adapter_that_does_not_fit_is_told_tensor_by_tensor() -> None:

@@ -100,6 +100,8 @@ def test_text_may_be_packed_without_cutting_rows(tokenizer, texts):
 
 def test_packing_needs_a_length_that_rows_fit_into(tokenizer, texts):
     file = texts([5, 9])
+    with pytest.raises(ConfigError, match="max_seq_len is -3; at least 1, or null"):
+        text_completion_dataset(tokenizer, file, max_seq_len=-3)
     with pytest.raises(ConfigError, match=r"set tokenizer\.max_seq_len"):
         text_completion_dataset(tokenizer, file, packed=True)
     with pytest.raises(ConfigError, match="a row of 9 tokens does not fit into packs of 8"):

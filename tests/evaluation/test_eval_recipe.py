@@ -468,6 +468,15 @@ def test_a_run_evaluates_while_it_trains(tmp_path, every):
     assert lines == [{"step": every or 3, "eval/dates/exact_match": 0.0}]
 
 
+def test_a_limit_that_cannot_be_is_told_before_training(capsys, tmp_path):
+    words = [f"output_dir={tmp_path}", "eval_tasks=[dates]", "eval_limit=1.5"]
+    assert (
+        main(["run", "full_finetune_single_device", "--config", "tiny/full_single_device", *words])
+        == 2
+    )
+    assert "eval_limit is 1.5; above 1 it is a number of documents" in capsys.readouterr().err
+
+
 def test_a_task_that_fails_costs_nothing_that_was_trained(tmp_path, monkeypatch, capfd):
     def failing(*_, **settings):
         raise DataError(f"a task fails at a limit of {settings['limit']}")

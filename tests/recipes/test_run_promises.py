@@ -136,6 +136,8 @@ def test_other_data_is_not_resumed(run, config, capsys):
     run(config, "resume_from_checkpoint=True", *other, code=2)
     told = capsys.readouterr().err
     assert "shuffle: was True, is False" in told
+    run(config, "resume_from_checkpoint=True", "dtype=bf16", code=2)
+    assert "dtype: was float32, is bfloat16" in capsys.readouterr().err
     assert "seed: a run that goes on keeps its own, 7" in told
 
 

@@ -24,7 +24,6 @@ _COPIED = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "original_repo_id.json",
     "original/params.json",
     "original/tokenizer.model",
     "LICENSE*",

@@ -11,7 +11,7 @@ from torch import Tensor
 from mytune.errors import CheckpointError, shortened
 from mytune.training.checkpointing.files import demand_finite, inside, read_json, to_json
 from mytune.training.checkpointing.formats import PEFT, differences
-from mytune.training.checkpointing.publish import Draft
+from mytune.training.checkpointing.publish import MANIFEST, Draft
 from mytune.training.checkpointing.source import ADAPTER, open_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -108,6 +108,8 @@ def check_adapter(adapter: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 def base_model_name(source: Path) -> str:
     """Return what PEFT loads below the adapter: the repository if it is known, or the directory."""
     home = source.parent if source.name == "original" else source
+    if (home / MANIFEST).is_file():  # a run's own weights, whatever they began as
+        return str(home.resolve())
     for file, key in (("original_repo_id.json", "repo_id"), ("config.json", "_name_or_path")):
         if (home / file).is_file():
             name = read_json(inside(home, file)).get(key)
