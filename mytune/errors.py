@@ -91,9 +91,11 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the nearest candidate, or an empty string."""
-    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Return `"; did you mean 'x'?"` for what begins so or is nearest, or an empty string."""
+    names = list(candidates)
+    begun = sorted(each for each in names if len(name) > 3 and each.startswith(name))[:3]
+    near = begun or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 _SHOWN = 24  # tensors that an error names: more only scrolls its first line away

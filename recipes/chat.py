@@ -192,7 +192,7 @@ def talk(turns: list[Message], speaker: Speaker) -> None:
             case ["/quit" | "/help" | "/reset" as word, _]:
                 say(f"{word} takes nothing after it")
             case [word, *_] if word.startswith("/"):
-                say(f"{word} is not known; /help lists what is")
+                say(f"{word} is not known; there are /system, /reset, /help and /quit")
             case _:
                 turns.append(Message("user", line))
                 answer(turns, speaker)

@@ -336,6 +336,8 @@ def main(cfg: Config) -> None:
             measurements.append((names, cfg.eval_every_n_steps, measured))
         complete = True
         if resumed:  # the run may have ended while it measured
+            if step >= total_steps:
+                log.info("all %d steps are done: more epochs make it go on", total_steps)
             epoch_ends = step % loader.steps_per_epoch == 0
             known = from_rank_0(logger.logged(step))
             complete = measure(measurements, step, epoch_ends, logger, known)

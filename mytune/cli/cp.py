@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
-from mytune.errors import ConfigError
+from mytune.errors import ConfigError, ResourceError
 
 
 def parser() -> Parser:
@@ -17,7 +18,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("name", metavar="NAME", help="a recipe or config that `tune ls` lists")
     add("destination", metavar="DEST", help="a file, with or without suffix, or a folder")
-    add("-n", "--no-clobber", action="store_true", help="keep a file that is there already")
+    add("-n", "--no-clobber", action="store_true", help="leave a file that is there as it is")
     add("--make-parents", action="store_true", help="create the folders above DEST")
     return parser
 
@@ -37,9 +38,20 @@ def main(argv: list[str]) -> int:
     elif not target.parent.is_dir():
         raise ConfigError(f"there is no folder {target.parent}: create it, or pass --make-parents")
     text = recipe.file.read_text(encoding="utf-8") if recipe else _config(args.name, target)
-    target.write_text(text, encoding="utf-8")
-    print(f"Copied file to {target}")
+    kept = _keep(target) if target.is_file() and target.read_bytes() != text.encode() else ""
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"cannot write {target}: {error.strerror}{kept}") from error
+    print(f"Copied file to {target}{kept}")
     return 0
+
+
+def _keep(file: Path) -> str:
+    """Rename what may hold somebody's changes, and say how it is called now."""
+    number = next(n for n in count(1) if not file.with_name(f"{file.name}.{n}").exists())
+    kept = file.rename(file.with_name(f"{file.name}.{number}"))
+    return f"; what was there is now {kept}"
 
 
 def _target(destination: str, name: str, suffix: str) -> Path:

@@ -67,6 +67,8 @@ def main(argv: list[str]) -> int:
     folder = (args.output_dir or Path("/tmp") / name).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output-dir {folder} is a file")
+    if not owner and name in _embedded():
+        raise ConfigError(f"{name} is in the package: `tune download mytune/{name}`")
     if owner == "mytune":
         _copy_embedded(name, folder)
     else:
@@ -75,14 +77,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _embedded() -> list[str]:
+    from mytune.assets import ASSETS
+
+    return sorted(file.parent.name for file in ASSETS.glob("*/config.json"))
+
+
 def _copy_embedded(name: str, folder: Path) -> None:
     from mytune.assets import ASSETS
 
-    models = sorted(file.parent.name for file in ASSETS.glob("*/config.json"))
+    models = _embedded()
     if name not in models:
         near = did_you_mean(name, models)
         raise ConfigError(f"the package has no model 'mytune/{name}', only {models}{near}")
-    shutil.copytree(ASSETS / name, folder, dirs_exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (ASSETS / name).iterdir():
+            shutil.copy(file, folder)
+    except OSError as error:
+        raise ResourceError(f"cannot write in {folder}: {error.strerror}") from error
 
 
 def _download(args: argparse.Namespace, folder: Path) -> None:

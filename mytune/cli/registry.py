@@ -33,6 +33,11 @@ class Recipe(NamedTuple):
     def file(self) -> Path:
         return ROOT / "recipes" / self.file_name
 
+    @property
+    def kind(self) -> str:
+        """What it does: full, lora, generate, ..."""
+        return self.name.partition("_")[0]
+
     def owns(self, config: str) -> bool:
         return any(fnmatchcase(config, pattern) for pattern in self.patterns)
 

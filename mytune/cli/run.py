@@ -39,7 +39,8 @@ def parser() -> Parser:
         usage="tune run [torchrun options] RECIPE --config CONFIG [key=value ...] [~key ...]",
         description="Run a recipe with a config.",
         epilog="It runs in this process, or under torchrun: if torchrun's options are given, before"
-        " RECIPE (`torchrun --help`), or RECIPE ends in _distributed (then one process per GPU).",
+        " RECIPE (`torchrun --help`), or RECIPE ends in _distributed (then one process per GPU)."
+        " `tune cat CONFIG` shows every key that can be overridden.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a name of `tune ls`, or a Python file")
     parser.add_argument("--config", metavar="CONFIG", help="a name of `tune ls`, or a YAML file")
@@ -121,9 +122,13 @@ def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
     if built_in and not args.config:
         names = ", ".join(built_in.configs())
         ready = f", or one of {names}" if names else f" (`tune {args.recipe}` makes one)"
-        raise ConfigError(f"--config is missing: a YAML file{ready}")
+        meant = [
+            w for w in args.overrides if w.endswith((".yaml", ".yml")) or w in registry.configs()
+        ]
+        near = f"; did you mean --config {meant[0]}?" if meant else ""
+        raise ConfigError(f"--config is missing: a YAML file{ready}{near}")
     owner = registry.recipe_of(args.config) if args.config in registry.configs() else None
-    if built_in and owner and owner.file != recipe:
+    if built_in and owner and owner.kind != built_in.kind:
         right = f"tune run {owner.name} --config {args.config}"
         raise ConfigError(f"{args.config} is a config of another recipe: `{right}`")
 

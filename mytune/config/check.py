@@ -82,7 +82,8 @@ def _check_arguments(
         elif key in named and not fits(value, named[key]):
             yield key, f"{value!r} is not {annotation(named[key])}"
         elif key not in named and key != KEY and not takes_all:
-            near = did_you_mean(key, named.keys() - set(added))
+            taken = [name for name in named if name not in added]
+            near = did_you_mean(key, taken) or f"; it takes {', '.join(taken) or 'none'}"
             yield key, f"{short} takes no argument {key!r}{near}"
     for key in added if not takes_all else ():
         if key not in named:

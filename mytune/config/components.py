@@ -56,6 +56,7 @@ _OTHERS = {
 _PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
 _INSTALL = {"torchao": "pip install 'torchao>=0.18'"}
 
+_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 _EXAMPLE = " like 'mytune.models.llama3.llama3_8b'"
 
 _allowed_by_user: set[str] = set()
@@ -68,6 +69,8 @@ def allow(names: Iterable[str]) -> None:
 
 def refusal(name: str) -> str | None:
     """Return why a component of this name must not be built; None if it may. It is not imported."""
+    if Path(name).suffix in _FILES:
+        return f"{name!r} is a file, not a component; one of data goes into dataset.source={name}"
     parts = name.split(".")
     if len(parts) < 2 or not all(part.isidentifier() and part[:2] != "__" for part in parts):
         full = " or ".join(map(repr, _full_names(name)))
@@ -267,7 +270,8 @@ def instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
         # Of another library: a value that it does not take.
         if name.startswith("mytune."):
             raise
-        raise ConfigError(f"{name}: {error}") from error
+        given = ", ".join(f"{key}={value!r}" for key, value in node.items() if key != KEY)
+        raise ConfigError(f"{name}({given}): {error}") from error
 
 
 def _build(value: Any) -> Any:

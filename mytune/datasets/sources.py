@@ -214,6 +214,8 @@ def _json_line(line: bytes) -> Any:
     """Return an object, or why the line is none, as an error: lines after it can still be read."""
     try:
         return json.loads(line)
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8: {error.reason}, at byte {error.start + 1} of the line")
     except (ValueError, RecursionError) as error:
         return DataError(
             f"not JSON: {error} (a file has one object per line, or is an array of objects)"

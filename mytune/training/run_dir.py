@@ -57,9 +57,12 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into a ResourceError that names the file or directory."""
+    """Turn a failed write into an error that names the file or directory."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        known = f"output_dir: {path} is a file, or lies below one"
+        raise ResourceError(f"{known}; choose another") from error
     except OSError as error:
         raise ResourceError(
             f"output_dir: cannot write in {path}: {error.strerror}; "

@@ -113,13 +113,18 @@ def test_cp_never_changes_a_suffix(tune, root):
     assert code == 2 and ".py" in err and not (root.parent / "cwd" / "mine.yaml").exists()
 
 
-def test_cp_no_clobber_keeps_a_file_and_cp_alone_overwrites_it(tune, root):
+def test_cp_keeps_what_was_there_under_another_name(tune, root):
     there = root.parent / "cwd" / "mine.py"
     there.write_text("old")
     code, out, _ = tune("cp", "-n", "lora_finetune_single_device", "mine")
     assert (code, there.read_text()) == (0, "old") and "not overwriting" in out
-    assert tune("cp", "lora_finetune_single_device", "mine").code == 0
-    assert there.read_text() == RECIPE
+    for time in range(2):  # the second time there is nothing to keep
+        code, out, _ = tune("cp", "lora_finetune_single_device", "mine")
+        assert code == 0 and ("what was there is now mine.py.1" in out) == (time == 0)
+    assert there.read_text() == RECIPE and there.with_name("mine.py.1").read_text() == "old"
+    there.write_text("new")
+    assert "is now mine.py.2" in tune("cp", "lora_finetune_single_device", "mine").out
+    assert {p.name for p in there.parent.iterdir()} == {"mine.py", "mine.py.1", "mine.py.2"}
 
 
 def test_cp_into_a_missing_folder_asks_for_make_parents(tune, root):

@@ -79,6 +79,12 @@ def test_all_problems_are_reported_before_the_recipe_is_imported(tune, root):
     [
         (["lora_finetune_single_devise"], "did you mean 'lora_finetune_single_device'"),
         (["lora_finetune_single_device"], f"--config is missing: a YAML file, or one of {NAME}"),
+        (
+            ["lora_finetune_single_device", "my.yaml"],
+            "did you mean --config my.yaml?",
+        ),
+        (["lora_finetune"], "'lora_finetune_distributed' or 'lora_finetune_single_device'"),
+        (["full_finetune_single_device", "--config", NAME], f"--config {NAME}`"),
         ([*LORA, "--nproc_per_node", "2"], "torchrun's options come before the recipe"),
         ([*LORA, "--batch-size=2"], "settings are key=value"),
         (["--no_such_option=1", *LORA], "torchrun's options: unrecognized arguments: --no_such"),

@@ -98,7 +98,7 @@ def test_commands_are_not_messages(chat):
     out, err = chat("/help", "/nonsense", "/reset now", "/system")
     assert out == ""
     assert "/reset        forget the conversation" in err
-    assert "/nonsense is not known; /help lists what is" in err
+    assert "/nonsense is not known; there are /system, /reset, /help and /quit" in err
     assert "/reset takes nothing after it" in err
     assert err.splitlines()[-1].startswith("nothing")
 
