@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -76,6 +77,7 @@ def evaluate(
     )
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=seed)  # anew: drawing has moved it on
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)  # of documents that are odd
     try:
         with redirect_stdout(sys.stderr):  # the harness prints; stdout is for results
             results: Results = lm_eval.evaluate(
