@@ -73,9 +73,11 @@ def _parse(text: str, schema: Schema) -> Override:
         return Override(text, path, remove=True)
     if not equals:
         raise ValueError(f"write {name}=VALUE, without spaces; or in quotes: '{name}=two words'")
+    field = schema.names.get(name)
     if not raw:
-        raise ValueError(f"no value; write {name}=null for none, {name}='\"\"' for an empty text")
-    return Override(text, path, _read(raw, schema.names.get(name)))
+        null = f" {name}=null for none," if field is None or field.optional else ""
+        raise ValueError(f"no value; write{null} {name}='\"\"' for an empty text")
+    return Override(text, path, _read(raw, field))
 
 
 def _read(raw: str, field: Field | None) -> Any:

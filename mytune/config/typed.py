@@ -26,6 +26,8 @@ _WORDS = {
     "bool": "true or false",
     "str": "a text",
     "list[str]": "a list of texts",
+    "Component": "a component, a mapping with _component_",
+    "Components": "a component, a mapping with _component_, or a list of them",
 }
 
 
@@ -58,7 +60,8 @@ def _expected(field: Field, value: Any) -> str:
         return f"one of {choices}{null}{near}"
     one = field.kind.startswith("list") and isinstance(value, str | int | float)
     example = f"; write [{value}]" if one else ""
-    return _WORDS.get(field.kind, field.kind) + null + example
+    left = "; leave the key out for its default" if value is None and not field.required else ""
+    return _WORDS.get(field.kind, field.kind) + null + example + left
 
 
 def bad_reference(text: str) -> str | None:

@@ -59,7 +59,11 @@ def test_loading_twice_does_not_share_or_change_values(load: Load) -> None:
         ("tags: a", "tags: 'a' is not a list of texts; write [a]"),
         ("tags: [[a]]", "tags: [['a']] is not a list of texts"),
         ("extra: 3", "extra: 3 is not dict[str, Any]"),
-        ("optimizer: 3", "optimizer: 3 is not Component"),
+        ("optimizer: 3", "optimizer: 3 is not a component"),
+        (
+            "optimizer: null",
+            "optimizer: null is not a component, a mapping with _component_; leave the key out",
+        ),
         ("optimizer: {lr: 1, _component_: 3}", "optimizer._component_: 3 is not a dotted name"),
         (
             "optimizer: {_component_: Int8WeightOnlyQuantizer}",
