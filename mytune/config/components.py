@@ -69,7 +69,7 @@ def allow(names: Iterable[str]) -> None:
 
 def refusal(name: str) -> str | None:
     """Return why a component of this name must not be built; None if it may. It is not imported."""
-    if Path(name).suffix in _FILES:
+    if Path(name).suffix in _FILES and not local_file(name):
         return f"{name!r} is a file, not a component; one of data goes into dataset.source={name}"
     parts = name.split(".")
     if len(parts) < 2 or not all(part.isidentifier() and part[:2] != "__" for part in parts):

@@ -66,6 +66,10 @@ def test_loading_twice_does_not_share_or_change_values(load: Load) -> None:
         ),
         ("optimizer: {lr: 1, _component_: 3}", "optimizer._component_: 3 is not a dotted name"),
         (
+            "optimizer: {_component_: a/my-rows.jsonl}",
+            "optimizer._component_: 'a/my-rows.jsonl' is a file, not a component",
+        ),
+        (
             "optimizer: {_component_: Int8WeightOnlyQuantizer}",
             "optimizer._component_: 'Int8WeightOnlyQuantizer' is not a dotted name; "
             "did you mean 'mytune.quantization.Int8WeightOnlyQuantizer'?",
