@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mytune.datasets.cache import cache_key, load_or_write
 from mytune.datasets.formats import (
@@ -21,7 +21,7 @@ from mytune.datasets.formats import (
 )
 from mytune.datasets.packing import PackedDataset
 from mytune.datasets.sources import DataFiles, Row, open_source
-from mytune.datasets.tokens import Encode, OnBadRow, TokenDataset, write_tokens
+from mytune.datasets.tokens import Encode, TokenDataset, write_tokens
 from mytune.errors import ConfigError, DataError
 from mytune.tokenizers.base import ModelTokenizer
 from mytune.tokenizers.messages import Message, validate_messages
@@ -49,7 +49,7 @@ def _build(
     revision: str | None = None,
     sample_by: str = "line",
     filter_fn: Callable[[Columns], bool] | None = None,
-    on_bad_row: OnBadRow = "error",
+    on_bad_row: Literal["error", "skip"] = "error",
 ) -> Built:
     """Tokenize rows, or take them from the cache, and pack them.
 
