@@ -742,7 +742,7 @@ def measure(
                 log.info("step %d: not measured: stopping", step)
                 return False
             log.info("step %d: %s", step, " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-            logger.log_dict(scores, step)
+            logger.log_dict({k: v for k, v in scores.items() if k not in known}, step)
     return True
 
 

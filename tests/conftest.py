@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,10 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MYTUNE_CACHE_DIR"] = tempfile.mkdtemp(prefix="mytune-cache-")
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # transformers imports torchao
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["MYTUNE_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

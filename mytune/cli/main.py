@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +35,10 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tune` with these arguments (default: the process's) and return the exit code."""
     words = take_debug(sys.argv[1:] if argv is None else argv)
-    return report(lambda: _run(words))
+    code = report(lambda: _run(words))
+    if argv is None:  # all is said: Ctrl-C while Python ends needs no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
 
 
 def _run(words: list[str]) -> int:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from mytune.training.checkpointing.checkpointers import (
 )
 from mytune.training.checkpointing.companions import companion_files
 from mytune.training.checkpointing.peft import read_adapter
+from mytune.training.checkpointing.safetensors_io import SafetensorsFile
 from tests.checkpointing import tiny
 
 
@@ -265,3 +267,29 @@ def test_numbers_of_an_adapter_are_checked(wrong: dict[str, object]) -> None:
     config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], **wrong}
     with pytest.raises(CheckpointError, match="must be a whole number above 0"):
         lora_config_from_peft(config)
+
+
+def test_ctrl_c_while_a_tensor_is_read_is_no_bug(hf_dir: Path) -> None:
+    """A handler that runs inside the library raises what the library then loses."""
+    path = next(hf_dir.glob("*.safetensors"))
+    file = SafetensorsFile(path)
+    name = next(iter(file.specs))
+    ended = []
+
+    def interrupt(*_: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for trial in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + trial * 1e-6)
+                while True:
+                    file[name]
+            except BaseException as error:
+                ended.append(type(error))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert set(ended) == {KeyboardInterrupt}

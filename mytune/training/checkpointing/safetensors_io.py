@@ -65,7 +65,12 @@ class SafetensorsFile(TensorFile):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.specs:
             raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except ValueError as error:  # what becomes of Ctrl-C in the library
+            if "could not determine the shape" not in str(error):
+                raise
+            raise KeyboardInterrupt from error
         return tensor
 
 
