@@ -61,8 +61,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (FileExistsError, NotADirectoryError) as error:
-        known = f"output_dir: {path} is a file, or lies below one"
-        raise ResourceError(f"{known}; choose another") from error
+        why = "it is a file, or lies below one; choose another output_dir"
+        raise ResourceError(f"output_dir: cannot write in {path}: {why}") from error
     except OSError as error:
         raise ResourceError(
             f"output_dir: cannot write in {path}: {error.strerror}; "

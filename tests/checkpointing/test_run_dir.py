@@ -92,7 +92,12 @@ def test_a_lock_from_another_machine_is_respected(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     below = output_dir_lock(tmp_path / "file" / "out")
-    with pytest.raises(ResourceError, match="is a file, or lies below one; choose another"), below:
+    with (
+        pytest.raises(
+            ResourceError, match="is a file, or lies below one; choose another output_dir"
+        ),
+        below,
+    ):
         pass
     if os.getuid():  # root may write everywhere
         tmp_path.chmod(0o500)

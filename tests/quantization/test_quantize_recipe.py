@@ -175,7 +175,7 @@ REFUSED = {
     "quantizer=torch.nn.Identity": (2, "quantizer is a Identity"),
     "quantizer={_component_: torchao.quantization.Int8WeightOnlyConfig, group_size: 32}": (
         2,
-        "Int8WeightOnlyConfig: Only support version 2 with group_size=None",
+        r"Int8WeightOnlyConfig\(group_size=32\): Only support version 2 with group_size=None",
     ),
     "quantizer=mytune.quantization.Float8DynActFloat8WeightQuantizer": (
         5,
