@@ -330,8 +330,8 @@ def main(cfg: Config) -> None:
             measured = partial(validate, model, loss_fn, val_loader, device, stop)
             measurements.append((["val_loss"], cfg.run_val_every_n_steps, measured))
         if tasks:
-            measured = partial(evaluate_scores, model, tokenizer, tasks, stop=stop)
-            measured = partial(measured, limit=cfg.eval_limit, chat_template=chat)
+            how = {"limit": cfg.eval_limit, "chat_template": chat, "stop": stop}
+            measured = partial(evaluate_scores, model, tokenizer, tasks, **how)
             names = [f"eval/{task}/" for task in tasks["tasks"]]
             measurements.append((names, cfg.eval_every_n_steps, measured))
         complete = True
@@ -340,7 +340,7 @@ def main(cfg: Config) -> None:
                 log.info("all %d steps are done: more epochs make it go on", total_steps)
             epoch_ends = step % loader.steps_per_epoch == 0
             known = from_rank_0(logger.logged(step))
-            complete = measure(measurements, step, epoch_ends, logger, known)
+            complete = measure(measurements, step, epoch_ends, logger, stop, known)
         steps = remaining_steps(loader, step, cfg.epochs) if complete else ()
         lap = time.perf_counter()
         for epoch, micro_batches in steps:
@@ -385,14 +385,15 @@ def main(cfg: Config) -> None:
 
             epoch_ends = step % loader.steps_per_epoch == 0
             name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
-            this = cfg, checkpointer, model, optimizer, step, dtype, run, (trained_tokens, seconds)
+            totals = trained_tokens, seconds
+            to_save = cfg, checkpointer, model, optimizer, step, dtype, run, totals
             if saved := epoch_ends or is_due(step, cfg.save_every_n_steps):
-                save(name, *this)
+                save(name, *to_save)
             # After saving: it takes a while, and a task may fail.
-            complete = measure(measurements, step, epoch_ends, logger)
+            complete = measure(measurements, step, epoch_ends, logger, stop)
             if not complete or stop.on_any_rank():
                 if not saved:
-                    save(name, *this)
+                    save(name, *to_save)
                 break
             lap = time.perf_counter()
         checkpointer.finish()
@@ -728,16 +729,18 @@ def measure(
     step: int,
     epoch_ends: bool,
     logger: MetricLoggers,
+    stop: StopSignal,
     known: Collection[str] = (),
 ) -> bool:
     """Measure and log what is due after a step and not known; say if nothing is left.
 
-    Where the run is asked to stop meanwhile, the rest is measured when it goes on.
+    Where the run is asked to stop before or meanwhile, the rest is measured when it goes on.
     """
     for names, every, measured in measurements:
         new = not all(any(each.startswith(name) for each in known) for name in names)
         if new and is_due(step, every, otherwise=epoch_ends):
-            scores = measured()
+            # Asked here, too: a task takes a while before its first batch.
+            scores = None if stop.on_any_rank() else measured()
             if scores is None:
                 log.info("step %d: not measured: stopping", step)
                 return False

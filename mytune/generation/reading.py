@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,14 +73,14 @@ class _Spread(Cache):
         self, cache: KVCache, trees: Sequence[Tree], longest: int, device: torch.device
     ) -> None:
         copies = [
-            (number, place, row, longest - len(path) + depth - cache.first)
-            for number, its_paths in enumerate(tree.paths for tree in trees)
-            for row, path in its_paths.items()
-            for depth, place in enumerate(path.tolist())
-            if depth >= cache.first
+            np.broadcast_arrays(number, path, row, np.arange(longest - len(path), longest))
+            for number, tree in enumerate(trees)
+            for row, path in tree.paths.items()
         ]
+        own = [np.stack(each)[:, cache.first :] for each in copies]
         self._cache = cache
-        self._copies = torch.tensor(copies, dtype=torch.long, device=device).view(-1, 4).T
+        self._copies = torch.from_numpy(np.concatenate(own, axis=1)).to(device)
+        self._copies[3] -= cache.first
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         tree, place, row, slot = self._copies

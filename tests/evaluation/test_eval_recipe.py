@@ -22,6 +22,7 @@ from mytune.assets import ASSETS
 from mytune.cli.main import main
 from mytune.errors import DataError
 from mytune.evaluation import batches, continuing, harness
+from mytune.training.progress import ProgressBar
 from tests.checkpointing.tiny import torchtune_state
 from tests.evaluation.conftest import run_lm_eval
 from tests.hf import tiny_llama, twins
@@ -537,6 +538,20 @@ def test_a_signal_ends_an_evaluation_and_the_run_can_go_on(tmp_path, monkeypatch
     assert curves[0] == curves[1] and len(curves[0]) == 4
     scores = [evaluations(tmp_path / name) for name in ("straight", "stopped")]
     assert scores[0] == scores[1] and len(scores[0]) == 4 // at
+
+
+def test_r7_a_stop_during_a_step_waits_for_no_evaluation(tmp_path, monkeypatch):
+    words = ["eval_tasks=[dates]", f"eval_include_path={ASSETS / 'tasks'}", "dataset_val=null"]
+    words += ["eval_limit=2", "eval_every_n_steps=1", "max_steps_per_epoch=2", "batch_size=4"]
+    config = ["run", "lora_finetune_single_device", "--config", "tiny/lora_single_device", *words]
+    config += [f"output_dir={tmp_path}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressBar, "update", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(harness, "evaluate", lambda *_, **__: pytest.fail("an evaluation begins"))
+        assert main(config) == 75
+    assert (tmp_path / "step_1").exists() and not evaluations(tmp_path)
+    assert main([*config, "resume_from_checkpoint=true"]) == 0
+    assert [row["step"] for row in evaluations(tmp_path)] == [1, 2]
 
 
 def test_compiled_blocks_run_eagerly_while_tasks_are_evaluated(monkeypatch):
