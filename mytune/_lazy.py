@@ -10,20 +10,21 @@ from typing import Any
 _NOISY = ("torchao", "torch.utils._pytree")  # what they warn of at import is nothing to act on
 
 
-def lazy_names(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module `__getattr__` (PEP 562) for names that live in submodules of `package`.
+def lazy_names(package: str, files: Mapping[str, str]) -> tuple[list[str], Callable[[str], Any]]:
+    """Return `__all__` and `__getattr__` (PEP 562) of a package whose names live in its files.
 
     Args:
         package: the package's `__name__`.
-        where: public name -> submodule that defines it.
+        files: file -> names that it defines; with a dot before it, one of a package beside.
     """
+    where = {name: file for file, names in files.items() for name in names.split()}
 
     def get(name: str) -> Any:
         if name not in where:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{package}.{where[name]}"), name)
+        return getattr(importlib.import_module(f".{where[name]}", package), name)
 
-    return get
+    return list(where), get
 
 
 def import_quietly(module: str) -> ModuleType:

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -109,9 +109,6 @@ from mytune.training import (
     world_size,
     write_report,
 )
-
-# How the names of what is measured begin, after how many steps (null: each epoch), and how.
-Measurement = tuple[list[str], int | None, Callable[[], dict[str, float] | None]]
 
 # What the recipe hands to components itself: a config need not name it.
 SUPPLIED = {
@@ -245,6 +242,19 @@ class Config:
     )
 
 
+class Measurement(NamedTuple):
+    """What is measured beside the steps: `measure` returns numbers by name, None if it was stopped.
+
+    Args:
+        names: how the names of its numbers begin.
+        every: after so many steps; None for the end of each epoch.
+    """
+
+    names: list[str]
+    every: int | None
+    measure: Callable[[], dict[str, float] | None]
+
+
 def main(cfg: Config) -> None:
     """Run the whole fine-tuning: prepare, train, save, report."""
     setup_logging(cfg.log_level, rank())
@@ -305,6 +315,8 @@ def main(cfg: Config) -> None:
             refuse_generation(tasks, settings.shard_ranks)
         load_model(cfg, model, checkpointer, resumed, device, settings, seed)
         optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
+        offload = (cfg.enable_activation_offloading, cfg.activation_offloading_use_streams)
+        forward = offload_activations(model, *offload)(loss_fn)  # a context around each call
         in_backward = StepInBackward(optimizer) if cfg.optimizer_in_bwd else None
         if resumed:
             load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
@@ -327,20 +339,21 @@ def main(cfg: Config) -> None:
         trained_tokens, seconds = resumed.state["totals"] if resumed else (0, 0.0)
         measurements: list[Measurement] = []
         if val_loader:
-            measured = partial(validate, model, loss_fn, val_loader, device, stop)
-            measurements.append((["val_loss"], cfg.run_val_every_n_steps, measured))
+            loss_of_rows = partial(validate, model, loss_fn, val_loader, device, stop)
+            measurements.append(Measurement(["val_loss"], cfg.run_val_every_n_steps, loss_of_rows))
         if tasks:
             how = {"limit": cfg.eval_limit, "chat_template": chat, "stop": stop}
-            measured = partial(evaluate_scores, model, tokenizer, tasks, **how)
+            scores = partial(evaluate_scores, model, tokenizer, tasks, **how)
             names = [f"eval/{task}/" for task in tasks["tasks"]]
-            measurements.append((names, cfg.eval_every_n_steps, measured))
+            measurements.append(Measurement(names, cfg.eval_every_n_steps, scores))
         complete = True
         if resumed:  # the run may have ended while it measured
             if step >= total_steps:
                 log.info("all %d steps are done: more epochs make it go on", total_steps)
             epoch_ends = step % loader.steps_per_epoch == 0
             known = from_rank_0(logger.logged(step))
-            complete = measure(measurements, step, epoch_ends, logger, stop, known)
+            complete = measure_due(measurements, step, epoch_ends, logger, stop, known)
+        publish = partial(save, cfg, checkpointer, model, optimizer, dtype, run)
         steps = remaining_steps(loader, step, cfg.epochs) if complete else ()
         lap = time.perf_counter()
         for epoch, micro_batches in steps:
@@ -350,10 +363,7 @@ def main(cfg: Config) -> None:
             for batch in micro_batches:
                 last = batch is micro_batches[-1]
                 sync_gradients(model, last or cfg.fsdp_sync_every_micro_batch)
-                with offload_activations(
-                    model, cfg.enable_activation_offloading, cfg.activation_offloading_use_streams
-                ):
-                    part = loss_fn(model, to_device(batch, device)) / max(tokens, 1)
+                part = forward(model, to_device(batch, device)) / max(tokens, 1)
                 part.backward()
                 loss += part.detach()
             sum_gradients(model.parameters())
@@ -385,15 +395,13 @@ def main(cfg: Config) -> None:
 
             epoch_ends = step % loader.steps_per_epoch == 0
             name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
-            totals = trained_tokens, seconds
-            to_save = cfg, checkpointer, model, optimizer, step, dtype, run, totals
             if saved := epoch_ends or is_due(step, cfg.save_every_n_steps):
-                save(name, *to_save)
+                publish(name, step, (trained_tokens, seconds))
             # After saving: it takes a while, and a task may fail.
-            complete = measure(measurements, step, epoch_ends, logger, stop)
+            complete = measure_due(measurements, step, epoch_ends, logger, stop)
             if not complete or stop.on_any_rank():
                 if not saved:
-                    save(name, *to_save)
+                    publish(name, step, (trained_tokens, seconds))
                 break
             lap = time.perf_counter()
         checkpointer.finish()
@@ -724,7 +732,7 @@ def validate(
     return {"val_loss": all_sum(loss.item()) / max(all_sum(tokens), 1)}
 
 
-def measure(
+def measure_due(
     measurements: Sequence[Measurement],
     step: int,
     epoch_ends: bool,
@@ -736,11 +744,11 @@ def measure(
 
     Where the run is asked to stop before or meanwhile, the rest is measured when it goes on.
     """
-    for names, every, measured in measurements:
-        new = not all(any(each.startswith(name) for each in known) for name in names)
-        if new and is_due(step, every, otherwise=epoch_ends):
+    for each in measurements:
+        missing = [name for name in each.names if not any(k.startswith(name) for k in known)]
+        if missing and is_due(step, each.every, otherwise=epoch_ends):
             # Asked here, too: a task takes a while before its first batch.
-            scores = None if stop.on_any_rank() else measured()
+            scores = None if stop.on_any_rank() else each.measure()
             if scores is None:
                 log.info("step %d: not measured: stopping", step)
                 return False
@@ -750,14 +758,14 @@ def measure(
 
 
 def save(
-    name: str,
     cfg: Config,
     checkpointer: Any,
     model: Decoder,
     optimizer: torch.optim.Optimizer,
-    step: int,
     dtype: torch.dtype,
     run: dict[str, Any],
+    name: str,
+    step: int,
     totals: tuple[int, float],
 ) -> None:
     """Publish a checkpoint: weights to use, adapter, and what resuming needs."""

@@ -2,6 +2,4 @@
 
 from mytune._lazy import lazy_names
 
-__all__ = ["run_recipe"]
-
-__getattr__ = lazy_names(__name__, {"run_recipe": "run"})
+__all__, __getattr__ = lazy_names(__name__, {"run": "run_recipe"})

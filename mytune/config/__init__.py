@@ -4,15 +4,12 @@ from mytune.config.check import check_components
 from mytune.config.components import check_may_run, instantiate
 from mytune.config.load import LoadedConfig, config_error, config_yaml, load_config, read_config
 from mytune.config.redact import redact
-from mytune.config.schema import Field, Schema, read_schema
 from mytune.config.types import Component, Components, component
 
 __all__ = [
     "Component",
     "Components",
-    "Field",
     "LoadedConfig",
-    "Schema",
     "check_components",
     "check_may_run",
     "component",
@@ -21,6 +18,5 @@ __all__ = [
     "instantiate",
     "load_config",
     "read_config",
-    "read_schema",
     "redact",
 ]

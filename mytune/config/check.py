@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from glob import escape, glob
 from inspect import Parameter
@@ -110,7 +111,7 @@ def _check_files(node: Component) -> Iterator[Finding]:
         value = node.get(key)
         if not isinstance(value, str):
             continue
-        places = [Path(folder, value) for folder in folders]
+        places = [Path(folder, value).expanduser() for folder in folders]
         places += [place.parent / "original" / place.name for place in places if key == "path"]
         if not any(place.exists() for place in places):
             yield key, f"{value!r} does not exist{_repair(key, Path(value))}"
@@ -119,5 +120,5 @@ def _check_files(node: Component) -> Iterator[Finding]:
         value = node.get(key)
         for each in value if isinstance(value, list) else [value]:
             is_local = isinstance(each, str) and each.endswith(_DATA_SUFFIXES) and "://" not in each
-            if is_local and not glob(str(each), recursive=True):
+            if is_local and not glob(os.path.expanduser(str(each)), recursive=True):
                 yield key, f"{each!r} does not exist"

@@ -20,7 +20,11 @@ _ASSIGNED = re.compile(
     r"(?!['\"]?\$\{)('[^']*'|\"[^\"]*\"|[^\s,}'\"]+)",  # the value, if it is no ${...}
     re.IGNORECASE,
 )
-_SHAPE = re.compile(r"\bhf_\w{16,}|\bsk-[\w-]{16,}|(?<=Bearer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_SHAPE = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}"  # no \w: `hf_dataset_of_2024` is a name
+    r"|\bsk-(?:(?=[\w-]*[A-Z])(?=[\w-]*\d)[\w-]{16,}|(?:[a-z]+-)?[a-z0-9]{20,})"
+    r"|(?<=Bearer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
 _VARIABLE = re.compile(
     r"(?:\w*_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|(?:API|ACCESS|SECRET)_?KEY)"
 )

@@ -55,7 +55,8 @@ def _build(
 
     Args:
         encode: a row's tokens and which are trained.
-        about: names `encode` in the cache; None keeps the tokens out of it.
+        about: names `encode` in the cache; None keeps the tokens out of it, as a tokenizer without
+            a fingerprint does.
         source, split, data_files, data_dir, name, revision, sample_by: see `open_source`.
         max_seq_len: the longest row or the room of a pack; if not given, the tokenizer's.
         filter_fn: keep rows for which it is true; such a dataset is not cached.
@@ -71,9 +72,9 @@ def _build(
         kept = (row for row in rows.read() if filter_fn is None or _keeps(filter_fn, row))
         write_tokens(folder, kept, encode, limit, on_bad_row)
 
-    cached = rows.identity and about and not filter_fn
-    parts = (rows.identity, tokenizer.fingerprint, about, limit, on_bad_row)
-    ds = load_or_write(cache_key(*parts) if cached else None, write)
+    known = (rows.identity, tokenizer.fingerprint, about)
+    cached = all(known) and not filter_fn
+    ds = load_or_write(cache_key(*known, limit, on_bad_row) if cached else None, write)
     return PackedDataset(ds, room, split_across_pack) if packed else ds
 
 

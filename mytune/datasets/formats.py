@@ -8,28 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mytune.errors import ConfigError, DataError, did_you_mean
-from mytune.tokenizers.messages import Message, Role, validate_messages
-from mytune.tokenizers.templates import (
-    ChatMLTemplate,
-    GrammarErrorCorrectionTemplate,
-    PromptTemplate,
-    QuestionAnswerTemplate,
-    SummarizeTemplate,
-)
-
-__all__ = [
-    "AlpacaToMessages",
-    "ChatMLTemplate",
-    "GrammarErrorCorrectionTemplate",
-    "InputOutputToMessages",
-    "Message",
-    "OpenAIToMessages",
-    "PromptTemplate",
-    "QuestionAnswerTemplate",
-    "ShareGPTToMessages",
-    "SummarizeTemplate",
-    "validate_messages",
-]
+from mytune.tokenizers.messages import Message, Role
 
 ColumnMap = Mapping[str, str] | None
 Columns = Mapping[str, Any]

@@ -128,6 +128,7 @@ def _expand(path: Path, split: str) -> list[Path]:
     """Return the data files that a path or a glob stands for, sorted."""
     if path.is_dir():
         found = [each for each in path.rglob("*") if each.suffix.lower() in _SUFFIXES]
+        found = [each for each in found if not _is_hidden(each.relative_to(path))]
         hint = f": the folder has no {', '.join(_SUFFIXES)} file"
     else:
         found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
@@ -135,8 +136,9 @@ def _expand(path: Path, split: str) -> list[Path]:
     files = sorted(each for each in found if each.is_file() and each.name[0] != ".")
     if not files:
         raise ConfigError(f"there is no data file {path}{hint}; change the dataset's source")
-    folder = path if path.is_dir() else path.parent
-    named = [file for file in files if _names_split(file.relative_to(folder), split)]
+    # Of a folder that is named, its own path says nothing; of a file or a glob, the file's name.
+    told = [each.relative_to(path) if path.is_dir() else Path(each.name) for each in files]
+    named = [file for file, name in zip(files, told, strict=True) if _names_split(name, split)]
     if split == "train" and (not named or not path.is_dir()):
         return files  # what is asked for by name is taken whatever its name
     if not named:
@@ -145,6 +147,10 @@ def _expand(path: Path, split: str) -> list[Path]:
             "take a part of the rows: train[90%:]"
         )
     return named
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
 
 
 def _names_split(file: Path, split: str) -> bool:

@@ -12,7 +12,6 @@ from typing import Any, cast
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.models.utils import postprocess_generated_text as cut_at_stops
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mytune.errors import ConfigError
@@ -84,7 +83,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        return self._tokenizer.fingerprint
+        return self._tokenizer.fingerprint or "unknown"
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -180,7 +179,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             )
         both = list(zip(prompts, rooms, strict=True))
         self._warn(sum(len(prompt.ids) > room for prompt, room in both), len(prompts))
-        texts = continue_prompts(
+        return continue_prompts(
             self.model,
             self._tokenizer,
             [replace(prompt, ids=prompt.ids[-room:]) for prompt, room in both],
@@ -189,10 +188,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             seed=self._seed,
             stop=self._stop,
         )
-        return [
-            cut_at_stops(text, list(prompt.until), None)
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
 
 
 def _encode(tokenizer: ModelTokenizer, special: re.Pattern[str], string: str) -> list[int]:

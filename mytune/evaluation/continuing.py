@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mytune.evaluation.batches import cut, run_batches
-from mytune.generation import Decoding, Sampling
+from mytune.generation import Sampling, complete
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers import ModelTokenizer
 from mytune.training.signals import StopSignal
@@ -45,16 +45,17 @@ def continue_prompts(
     seed: int = 0,
     stop: StopSignal | None = None,
 ) -> list[str]:
-    """Return each prompt's continuation, which may go on a little after a stop string.
+    """Return each prompt's continuation, up to the first of its stop strings.
 
-    Prompts of one length and one kind of sampling go together. Ranks share the work, and all know
-    all texts; draws depend on the seed and the batch, not on the number of ranks. For `stop`,
-    see `run_batches`.
+    Prompts of like length, with the same sampling and stop strings, go together. Ranks share the
+    work, and all know all texts; draws depend on the seed and the batch, not on the number of
+    ranks. For `stop`, see `run_batches`.
     """
     device = model.device
     kinds: dict[str, list[int]] = {}
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        kinds.setdefault(repr(sorted(prompts[i].sampling.items())), []).append(i)
+        kind = repr((sorted(prompts[i].sampling.items()), prompts[i].until))
+        kinds.setdefault(kind, []).append(i)
     batches = [
         batch
         for kind in kinds.values()
@@ -62,40 +63,17 @@ def continue_prompts(
     ]
 
     def work(batch: list[int]) -> dict[int, str]:
-        generator = torch.Generator(device).manual_seed(seed + batch[0])
-        rows = [prompts[i] for i in batch]
-        texts = _continue(model, tokenizer, rows, generator, enable_kv_cache)
-        return dict(zip(batch, texts, strict=True))
+        completions = complete(
+            model,
+            [prompts[i].ids for i in batch],
+            tokenizer,
+            stop=prompts[batch[0]].until,
+            max_new_tokens=[prompts[i].max_new_tokens for i in batch],
+            generator=torch.Generator(device).manual_seed(seed + batch[0]),
+            enable_kv_cache=enable_kv_cache,
+            **prompts[batch[0]].sampling,
+        )
+        return {i: each.text for i, each in zip(batch, completions, strict=True)}
 
     texts = run_batches(batches, work, "generation", model, stop=stop)
     return [texts[i] for i in range(len(prompts))]
-
-
-def _continue(
-    model: Decoder,
-    tokenizer: ModelTokenizer,
-    prompts: Sequence[Prompt],
-    generator: torch.Generator,
-    enable_kv_cache: bool,
-) -> list[str]:
-    decoding = Decoding(
-        model,
-        [prompt.ids for prompt in prompts],
-        max_new_tokens=[prompt.max_new_tokens for prompt in prompts],
-        stop_tokens=tokenizer.stop_tokens,
-        generator=generator,
-        enable_kv_cache=enable_kv_cache,
-        **prompts[0].sampling,
-    )
-    streams = [tokenizer.stream_decoder() for _ in prompts]
-    texts = [""] * len(prompts)
-    for step in decoding:
-        for row, token in enumerate(step):
-            if token is None:
-                continue
-            new = streams[row].put(token)
-            texts[row] += new
-            # Only what the new text ends can be new.
-            if any(s in texts[row][-len(s) - len(new) :] for s in prompts[row].until):
-                decoding.stop(row)
-    return [text + stream.flush() for text, stream in zip(texts, streams, strict=True)]

@@ -18,8 +18,8 @@ from mytune import versions
 from mytune.errors import CheckpointError, ConfigError
 from mytune.evaluation.harness import Results, measured
 from mytune.training.checkpointing.files import read_json
+from mytune.training.disk import write_atomic, writing
 from mytune.training.distributed import rank
-from mytune.training.run_dir import write_atomic, writing
 
 log = logging.getLogger("mytune")
 

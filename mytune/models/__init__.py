@@ -2,12 +2,10 @@
 
 from mytune._lazy import lazy_names
 
-_WHERE = {
-    "auto_model": "auto",
-    "lora_auto_model": "auto",
-    "qlora_auto_model": "auto",
-    "sizes_of_checkpoint": "auto",
-    "lora_decoder": "builders",
-}
-__all__ = list(_WHERE)
-__getattr__ = lazy_names(__name__, _WHERE)
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "auto": "auto_model lora_auto_model qlora_auto_model sizes_of_checkpoint",
+        "builders": "lora_decoder",
+    },
+)

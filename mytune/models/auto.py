@@ -24,7 +24,7 @@ _COMPUTED = {
 
 def sizes_of_checkpoint(checkpoint_dir: str) -> DecoderConfig:
     """The Llama-type model whose `config.json` or `params.json` lies in `checkpoint_dir`."""
-    folder = Path(checkpoint_dir)
+    folder = Path(checkpoint_dir).expanduser()
     for name, read in (("config.json", sizes_from_hf), ("params.json", sizes_from_meta)):
         file = folder / name
         if not file.is_file():

@@ -2,23 +2,16 @@
 
 from mytune._lazy import lazy_names
 
-_WHERE = {
-    "NF4Embedding": "nf4",
-    "NF4Linear": "nf4",
-    "apply_nf4": "nf4",
-    "dequantize_nf4": "nf4",
-    "quantize_nf4": "nf4",
-    "QUANTIZERS": "quantizers",
-    "Float8DynActFloat8WeightQuantizer": "quantizers",
-    "Float8WeightOnlyQuantizer": "quantizers",
-    "Int4WeightOnlyQuantizer": "quantizers",
-    "Int8DynActInt4WeightQuantizer": "quantizers",
-    "Int8DynActInt8WeightQuantizer": "quantizers",
-    "Int8WeightOnlyQuantizer": "quantizers",
-    "Quantizer": "quantizers",
-    "check_quantizer": "quantizers",
-    "quantize_linears": "quantizers",
-    "stored_bytes": "tensors",
-}
-__all__ = list(_WHERE)
-__getattr__ = lazy_names(__name__, _WHERE)
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "nf4": "NF4Embedding NF4Linear apply_nf4 dequantize_nf4 quantize_nf4",
+        "quantizers": (
+            "QUANTIZERS Float8DynActFloat8WeightQuantizer Float8WeightOnlyQuantizer "
+            "Int4WeightOnlyQuantizer Int8DynActInt4WeightQuantizer "
+            "Int8DynActInt8WeightQuantizer Int8WeightOnlyQuantizer Quantizer check_quantizer "
+            "quantize_linears"
+        ),
+        "tensors": "stored_bytes",
+    },
+)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
 
-from mytune.errors import ConfigError, ResourceError
+from mytune.errors import ConfigError, ResourceError, first_line
 from mytune.quantization.tensors import CLASSES
 from mytune.quantization.torchao import torchao
 
@@ -181,14 +182,16 @@ def check_quantizer(
         can = runnable(device, dtype)
         if name not in can:  # else it is its settings that do not fit
             raise ResourceError(
-                f"{name} cannot run with torchao {_version()} on {device}: {_one_line(error)}",
+                f"{name} cannot run with torchao {version('torchao')} on {device}: "
+                f"{type(error).__name__}: {first_line(error)}",
                 [f"these can: {', '.join(can) or 'none'}"],
             ) from error
     try:
         kinds = {try_config(config, shape, device, dtype) for shape in shapes}
     except Exception as error:
         raise ConfigError(
-            f"{name} does not fit the model, whose linears are {told}: {_one_line(error)}"
+            f"{name} does not fit the model, whose linears are {told}: "
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     if kinds == {nn.Parameter}:
         raise ConfigError(
@@ -252,14 +255,3 @@ def _runs(kind: type[Quantizer], device: torch.device, dtype: torch.dtype) -> bo
     except Exception:
         return False
     return dtype is torch.bfloat16 or type(config).__name__ not in _BF16_ONLY
-
-
-def _one_line(error: Exception) -> str:
-    why = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {why}"
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("torchao")

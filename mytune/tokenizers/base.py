@@ -60,7 +60,8 @@ class ModelTokenizer(Protocol):
     vocab_size: int
     max_seq_len: int | None
     special_tokens: dict[str, int]
-    fingerprint: str  # equal for two tokenizers only if they give equal ids
+    # Equal for two tokenizers only if they give equal ids; None where nobody can know.
+    fingerprint: str | None
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Return the ids of `text`; what looks like a special token in it is text."""

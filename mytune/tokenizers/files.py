@@ -161,7 +161,7 @@ def _first_fault(lines: list[bytes]) -> str:
 # --- Hugging Face's tokenizer.json: byte-level BPE ---
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -192,7 +192,7 @@ def _read_json(path: Path, data: bytes) -> Vocabulary:
 
 
 def _bytes_of_vocabulary(path: Path, vocabulary: Mapping[str, int]) -> dict[int, bytes]:
-    byte_of = _byte_alphabet()
+    byte_of = byte_alphabet()
     try:
         if not byte_of.keys() <= vocabulary.keys():
             raise KeyError("single bytes")

@@ -81,7 +81,7 @@ def all_sum(value: Number) -> Number:
     """Return the sum of a number or a tensor over all ranks; a number's waits for no device."""
     if world_size() == 1:
         return value
-    total = value.clone() if isinstance(value, Tensor) else torch.tensor(float(value)).double()
+    total = value.clone() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
     return total if isinstance(value, Tensor) else total.item()
 

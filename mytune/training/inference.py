@@ -119,7 +119,7 @@ def _load_quantized(
     """Load and quantize one block after the other: at no moment is all of it unquantized."""
     left = []
     for name, part in _parts(model):
-        load_weights(part, _Below(weights, name), device, dtype)
+        load_weights(part, weights, device, dtype, prefix=name)
         left += [f"{name}.{linear}".rstrip(".") for linear in quantize_linears(part, quantizer)]
     if left:
         log.warning(
@@ -136,20 +136,3 @@ def _parts(model: Decoder) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{name}.{i}", block) for i, block in enumerate(child))
         else:
             yield name, child
-
-
-class _Below(Mapping[str, Tensor]):
-    """The weights of a part of a model, by their names in that part."""
-
-    def __init__(self, weights: Mapping[str, Tensor], part: str) -> None:
-        self._weights, self._prefix = weights, f"{part}."
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        size = len(self._prefix)
-        return (name[size:] for name in self._weights if name.startswith(self._prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

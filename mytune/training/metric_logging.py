@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from mytune.config import redact
 from mytune.errors import ConfigError, ResourceError
+from mytune.training.disk import write_atomic, writing
 from mytune.training.distributed import rank
-from mytune.training.run_dir import write_atomic, writing
 
 Scalar = Tensor | float
 
@@ -159,7 +159,7 @@ class TensorBoardLogger(MetricLogger):
     """Writes TensorBoard events into `log_dir`; a resumed run continues its curves there."""
 
     def __init__(self, log_dir: str) -> None:
-        self.log_dir = log_dir
+        self.log_dir = os.path.expanduser(log_dir)
         _tracker("tensorboard")
         self._first_step: int | None = None
 
@@ -203,6 +203,7 @@ class WandBLogger(MetricLogger):
         if rank() == 0:
             with _starting("wandb", "log in with `wandb login`, or set WANDB_MODE=offline"):
                 if log_dir:
+                    log_dir = os.path.expanduser(log_dir)
                     Path(log_dir).mkdir(parents=True, exist_ok=True)
                 self._run = wandb.init(
                     project=project, entity=entity, group=group, dir=log_dir, **kwargs

@@ -26,19 +26,23 @@ def compile_blocks(model: Decoder, enabled: bool = True) -> None:
 
 @torch.no_grad()
 def load_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    prefix: str = "",
 ) -> None:
     """Move a checkpoint's weights into a model on the meta device, one tensor at a time.
 
     Mapped tensors that already have the right dtype and device are assigned, not copied. 4-bit
     linears quantize their weight as it comes. Of a sharded weight a rank reads its own rows only.
-    Adapters are left for `load_adapters`.
+    Adapters are left for `load_adapters`. `prefix`: of what part of a model the weights are.
     """
-    for prefix, module in model.named_modules():
+    for path, module in model.named_modules(prefix=prefix):
         if isinstance(module, NF4Linear):
-            module.quantize_(weights[f"{prefix}.weight"], device, dtype)
+            module.quantize_(weights[f"{path}.weight"], device, dtype)
             continue
-        for name, parameter in list(module.named_parameters(prefix, recurse=False)):
+        for name, parameter in list(module.named_parameters(path, recurse=False)):
             if not is_adapter(name):
                 rows = read_rows(weights, name, own_rows(parameter)).to(device, dtype)
                 setattr(module, name.rpartition(".")[2], _like(parameter, rows))

@@ -65,7 +65,7 @@ def setup_torch_profiler(
         schedule=schedule(
             wait=wait_steps, warmup=warmup_steps, active=active_steps, repeat=num_cycles
         ),
-        on_trace_ready=lambda recorded: _write(recorded, Path(output_dir)),
+        on_trace_ready=lambda recorded: _write(recorded, Path(output_dir).expanduser()),
         profile_memory=profile_memory,
         with_stack=with_stack,
         record_shapes=record_shapes,

@@ -14,10 +14,10 @@ import torch
 
 from mytune import versions
 from mytune.training.device import describe_device
+from mytune.training.disk import write_atomic
 from mytune.training.distributed import rank, world_size
 from mytune.training.memory import memory_stats
 from mytune.training.metric_logging import read_metrics
-from mytune.training.run_dir import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,16 +7,15 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mytune.errors import DirectoryInUseError, ResourceError
-from mytune.training.checkpointing.files import told_size
+from mytune.errors import DirectoryInUseError
 from mytune.training.checkpointing.publish import MANIFEST, candidates, clean_up, remove
+from mytune.training.disk import writing
 from mytune.training.distributed import barrier, rank
 
 log = logging.getLogger("mytune")
@@ -53,32 +52,6 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into an error that names the file or directory."""
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError) as error:
-        why = "it is a file, or lies below one; choose another output_dir"
-        raise ResourceError(f"output_dir: cannot write in {path}: {why}") from error
-    except OSError as error:
-        raise ResourceError(
-            f"output_dir: cannot write in {path}: {error.strerror}; "
-            "free space, change permissions, or choose another output_dir"
-        ) from error
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file such that it is at every moment the old one or the new one."""
-    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with writing(path):
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
 
 
 def _acquire(lock: Path) -> int:
@@ -149,20 +122,6 @@ def _is_still(descriptor: int, lock: Path) -> bool:
 def _sign(descriptor: int) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
-
-
-def check_disk_space(path: str | Path, needed: int) -> None:
-    """Raise ResourceError unless the disk that holds (or will hold) `path` has that many bytes."""
-    existing = next(
-        p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists()
-    )
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ResourceError(
-            f"output_dir: {path} has {told_size(free)} free, a checkpoint needs "
-            f"{told_size(needed)}; free some space, change output_dir, or set "
-            "save_adapter_weights_only=True or keep_last_n_checkpoints"
-        )
 
 
 def refuse_other_run(

@@ -45,19 +45,12 @@ def seed_step(seed: int, step: int, rank: int = 0, device: torch.device | None =
 
     Dropout then depends on these numbers alone: a resumed run needs no saved generator state.
     """
-    value = _mix(_mix(_mix(seed) ^ step) ^ rank)
+    mixed = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    value = int(mixed[0])
     # Not torch.manual_seed: it seeds every device of the machine and takes 100 times as long.
     torch.default_generator.manual_seed(value)
     if device is not None and device.type != "cpu":
         torch.get_device_module(device).manual_seed(value)
-
-
-def _mix(value: int) -> int:
-    """Scatter 64 bits (splitmix64): the CPU's generator looks at the low 32 bits of a seed only."""
-    value = (value + 0x9E3779B97F4A7C15) % 2**64
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
-    return value ^ (value >> 31)
 
 
 def set_deterministic(mode: str | int | None) -> None:

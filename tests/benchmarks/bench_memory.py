@@ -29,7 +29,7 @@ from mytune.training import (
     optimizer_state,
     recomputed_blocks,
 )
-from mytune.training.simulate import Ledger
+from mytune.training.planning.simulate import Ledger
 from tests.benchmarks.common import THREADS, Row
 
 TITLE = "Memory"

@@ -84,7 +84,13 @@ def test_the_newest_is_the_one_with_most_steps(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "step"), [("epoch_0", 1), ("epoch_0/recipe_state", 1), ("recipe_state.pt", 2)]
+    ("named", "step"),
+    [
+        ("epoch_0", 1),
+        ("epoch_0/recipe_state", 1),
+        ("two_step_1/epoch_0", 1),
+        ("recipe_state.pt", 2),
+    ],
 )
 def test_recipe_checkpoint_names_the_one_to_resume_from(
     named: str, step: int, hf_dir: Path, tmp_path: Path

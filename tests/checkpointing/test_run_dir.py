@@ -13,9 +13,9 @@ import pytest
 
 from mytune.errors import DirectoryInUseError, ResourceError
 from mytune.training import run_dir
+from mytune.training.disk import check_disk_space
 from mytune.training.run_dir import (
     LOCK,
-    check_disk_space,
     output_dir_lock,
     refuse_other_run,
     remove_other_run,

@@ -98,7 +98,9 @@ def test_local_code_is_read_and_not_run(recipe: None, load: Load) -> None:
     assert not Path("ran").exists()
 
 
-def test_missing_files_of_our_components_are_told(recipe: None, load: Load) -> None:
+def test_missing_files_of_our_components_are_told(
+    recipe: None, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     yaml = CONFIG.replace(
         "my_parts.model\n  size: 3",
         "mytune.models.llama3.llama3_tokenizer\n  path: no/tokenizer.model",
@@ -116,6 +118,9 @@ def test_missing_files_of_our_components_are_told(recipe: None, load: Load) -> N
     assert check_components(loaded)[0].endswith("; did you mean 'no/epoch_0/tokenizer.model'?")
     Path("no/tokenizer.model").touch()
     assert check_components(loaded) == []
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    loaded = load("~dataset.source", yaml=yaml.replace("no/tokenizer", "~/no/tokenizer"))
+    assert check_components(loaded) == []
 
 
 @pytest.mark.parametrize(
@@ -129,9 +134,14 @@ def test_missing_files_of_our_components_are_told(recipe: None, load: Load) -> N
         ("source: json, data_files: [here.jsonl, no.json]", 1),
         ("source: someone/dataset, data_files: no.json", 0),
         ("source: 'https://host/no.json'", 0),
+        ("source: ~/no.jsonl", 1),
+        ("source: ~/here.jsonl", 0),
     ],
 )
-def test_missing_data_files_are_told(load: Load, arguments: str, missing: int) -> None:
+def test_missing_data_files_are_told(
+    load: Load, arguments: str, missing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd()))
     Path("here.jsonl").touch()
     dataset = f"dataset: {{_component_: mytune.datasets.instruct_dataset, {arguments}}}\n"
     problems = check_components(load(yaml=CONFIG + dataset))

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import pytest
 
-from mytune.config import component, read_schema
+from mytune.config import component
+from mytune.config.schema import read_schema
 from mytune.errors import ConfigError
 
 

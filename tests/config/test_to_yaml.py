@@ -105,6 +105,10 @@ def test_problems_and_notices_hide_secrets(load: Load, monkeypatch: pytest.Monke
         ("pad_token=abc tokens=3 key=4", "pad_token=abc tokens=3 key=4"),
         ("https://me:secret@host/x", f"https://{HIDDEN}@host/x"),
         ("see hf_ABCDEFGHIJKLMNOPQRST.", f"see {HIDDEN}."),
+        ("key sk-proj-aB3_xYz0123456789.", f"key {HIDDEN}."),
+        ("key sk-0123456789abcdef0123.", f"key {HIDDEN}."),
+        ("data/hf_dataset_of_the_year_2024.jsonl", "data/hf_dataset_of_the_year_2024.jsonl"),
+        ("runs/sk-learn-experiments-2024", "runs/sk-learn-experiments-2024"),
         (3, 3),
     ],
 )

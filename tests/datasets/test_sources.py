@@ -92,7 +92,8 @@ def test_text_is_rows_by_line_paragraph_or_file(tmp_path, sample_by, expected):
 @pytest.fixture
 def folder(tmp_path):
     """Files of one row each, whose text is the file's name."""
-    for name in ("b.jsonl", "sub/a.jsonl", "test.jsonl", ".hidden.jsonl", "README.md"):
+    hidden = (".hidden.jsonl", ".ipynb_checkpoints/b-checkpoint.jsonl")
+    for name in ("b.jsonl", "sub/a.jsonl", "test.jsonl", "README.md", *hidden):
         file = tmp_path / "data" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"text": name}))
@@ -106,6 +107,8 @@ def names(*args, **kwargs):
 def test_files_folders_globs_and_lists_are_sources(folder):
     assert names(str(folder)) == ["b.jsonl", "sub/a.jsonl", "test.jsonl"]
     assert names(str(folder / "*.jsonl")) == ["b.jsonl", "test.jsonl"]
+    assert names(str(folder.parent / "*" / "b.jsonl")) == ["b.jsonl"]
+    assert names(str(folder / "**" / "*.jsonl")) == ["b.jsonl", "sub/a.jsonl", "test.jsonl"]
     assert names([str(folder / "test.jsonl"), str(folder / "sub")]) == ["test.jsonl", "sub/a.jsonl"]
     assert names(str(folder), data_files="sub/*.jsonl") == ["sub/a.jsonl"]
 

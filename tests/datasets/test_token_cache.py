@@ -47,6 +47,12 @@ def test_a_second_run_maps_the_same_arrays_and_tokenizes_nothing(tokenizer, writ
     assert isinstance(second._tokens.base.base, mmap.mmap)  # mapped, not loaded
 
 
+def test_tokens_of_code_that_may_change_are_not_kept(write_rows, cache):
+    tokenizer = CharTokenizer(fingerprint=None)
+    instruct_dataset(tokenizer, source=write_rows(ROWS))
+    assert not list(cache.glob("*"))
+
+
 def test_the_same_rows_elsewhere_are_the_same_dataset(tokenizer, write_rows):
     first = instruct_dataset(tokenizer, source=write_rows(ROWS))
     calls = tokenizer.calls

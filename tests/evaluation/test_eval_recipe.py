@@ -516,15 +516,15 @@ def test_a_signal_ends_an_evaluation_and_the_run_can_go_on(tmp_path, monkeypatch
     assert main([*config, f"output_dir={tmp_path / 'straight'}"]) == 0
 
     answered = []
-    answer = continuing._continue
+    answer = continuing.complete
 
-    def answer_and_signal(*args):
+    def answer_and_signal(*args, **settings):
         answered.append(args)
         if len(answered) == 2:
             signal.raise_signal(signal.SIGTERM)
-        return answer(*args)
+        return answer(*args, **settings)
 
-    monkeypatch.setattr(continuing, "_continue", answer_and_signal)
+    monkeypatch.setattr(continuing, "complete", answer_and_signal)
     stopped = [*config, f"output_dir={tmp_path / 'stopped'}"]
     assert main(stopped) == 75
     assert len(answered) == 2

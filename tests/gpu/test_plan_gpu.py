@@ -18,7 +18,7 @@ from mytune.training import (
     offload_activations,
     plan_memory,
 )
-from mytune.training.simulate import set_meta_dtype
+from mytune.training.planning.simulate import set_meta_dtype
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mytune.errors import ConfigError
 from mytune.models.llama3 import llama3, lora_llama3
 from mytune.modules.loss import LinearCrossEntropyLoss, linear_cross_entropy, target_index
-from mytune.training.simulate import Ledger
+from mytune.training.planning.simulate import Ledger
 
 SIZES = dict(vocab_size=97, num_layers=1, num_heads=2, num_kv_heads=1, embed_dim=32, max_seq_len=16)
 

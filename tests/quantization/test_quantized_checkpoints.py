@@ -100,7 +100,7 @@ def test_the_companions_say_what_it_is(base, quantized):
     assert config == original
     said = json.loads((quantized / "quantization.json").read_text())
     assert said["quantizer"] == "Int8WeightOnlyConfig" and said["dtype"] == "bfloat16"
-    assert said["versions"].keys() == {"mytune", "torch", "torchao"}
+    assert said["versions"].keys() == {"mytune", "python", "torch", "torchao"}
 
 
 def test_its_own_dtype_is_kept(quantized, caplog):

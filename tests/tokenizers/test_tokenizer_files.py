@@ -90,6 +90,7 @@ def test_the_fingerprint_tells_tokenizers_apart(tiny_file: Path, tiny_json_file:
         Llama3Tokenizer(tiny_file, prompt_template={"user": ["", "Q: "]}),
     ]
     assert len({same, *(other.fingerprint for other in others)}) == 5
+    assert Llama3Tokenizer(tiny_file, prompt_template=lambda messages: messages).fingerprint is None
 
 
 # --- errors ---

@@ -20,7 +20,7 @@ from mytune.training import (
     recomputed_blocks,
 )
 from mytune.training.activations import _Copies
-from mytune.training.simulate import Ledger
+from mytune.training.planning.simulate import Ledger
 
 SIZES = dict(vocab_size=64, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=16)
 LOSS = LinearCrossEntropyLoss()

@@ -14,6 +14,7 @@ import torch
 
 from mytune.errors import ResourceError
 from mytune.training import metric_logging
+from mytune.training.disk import write_atomic
 from mytune.training.metric_logging import (
     CometLogger,
     DiskLogger,
@@ -24,7 +25,6 @@ from mytune.training.metric_logging import (
     WandBLogger,
     read_metrics,
 )
-from mytune.training.run_dir import write_atomic
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 CONFIG = f"seed: 1\nnote: {SECRET}\n"

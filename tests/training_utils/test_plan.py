@@ -26,9 +26,9 @@ from mytune.training import (
     fewest_recomputed_blocks,
     plan_memory,
 )
-from mytune.training.optimizer_size import optimizer_size
-from mytune.training.plan import GIB
-from mytune.training.simulate import Ledger, set_meta_dtype
+from mytune.training.planning.optimizer_size import optimizer_size
+from mytune.training.planning.plan import GIB
+from mytune.training.planning.simulate import Ledger, set_meta_dtype
 
 SIZES = dict(
     vocab_size=2048, num_layers=3, num_heads=4, num_kv_heads=2, embed_dim=128, max_seq_len=256

@@ -86,6 +86,7 @@ def _sum(rank: int, port: int) -> None:
     with process_group(torch.device("cpu"), 60):
         sum_gradients([*parameters, torch.zeros(1)])
         assert all_sum(rank + 0.5) == 2
+        assert all_sum(2**24 + rank) == 2**25 + 1  # float32 would round it
         assert all_sum(torch.tensor([1.0, rank])).tolist() == [2, 1]
         assert from_rank_0(None if rank else {"seed": 3}) == {"seed": 3}
     for number, parameter in enumerate(parameters):

@@ -2,16 +2,13 @@
 
 from mytune._lazy import lazy_names
 
-_WHERE = {
-    "FullModelHFCheckpointer": "checkpointers",
-    "FullModelMetaCheckpointer": "checkpointers",
-    "FullModelTorchTuneCheckpointer": "checkpointers",
-    "Published": "resume",
-    "latest": "resume",
-    "optimizer_state": "optimizer",
-    "load_optimizer_state": "optimizer",
-    "check_adapter": "peft",
-    "read_adapter": "peft",
-}
-__all__ = list(_WHERE)
-__getattr__ = lazy_names(__name__, _WHERE)
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "checkpointers": (
+            "FullModelHFCheckpointer FullModelMetaCheckpointer FullModelTorchTuneCheckpointer"
+        ),
+        "resume": "Published latest",
+        "optimizer": "optimizer_state load_optimizer_state",
+    },
+)

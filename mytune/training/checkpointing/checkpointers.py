@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from mytune.modules.decoder import Decoder, DecoderConfig
 from mytune.quantization.quantizers import describe_config, torchao_config
 from mytune.quantization.tensors import stored_bytes
 from mytune.training.checkpointing.companions import companion_files, companions
-from mytune.training.checkpointing.files import FileRecord, to_json, told_size
+from mytune.training.checkpointing.files import FileRecord, to_json
 from mytune.training.checkpointing.formats import HF, META, TORCHTUNE, Format
 from mytune.training.checkpointing.peft import Adapter, base_model_name, read_adapter, write_adapter
 from mytune.training.checkpointing.pieces import own_pieces, write_pieces
@@ -35,10 +34,9 @@ from mytune.training.checkpointing.publish import (
 from mytune.training.checkpointing.quantized import publish_quantized, read_quantized
 from mytune.training.checkpointing.resume import MODEL, OPTIMIZER, STATE, Published, latest
 from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
-from mytune.training.checkpointing.tokenizer_files import tokenizer_files
 from mytune.training.checkpointing.weights_io import Plan, plan_weights, write_weights
+from mytune.training.disk import check_disk_space, told_size
 from mytune.training.distributed import from_rank_0, patient_barrier, rank
-from mytune.training.run_dir import check_disk_space
 
 log = logging.getLogger("mytune")
 
@@ -174,11 +172,11 @@ class _Checkpointer:
 
         `recipe_checkpoint` names another one; a `.pt` file is torchtune's way to say "the newest".
         """
-        said = self._recipe_checkpoint or "newest.pt"
-        named = re.search(r"(epoch|step)_\d+", said)
-        fallback = None if said.endswith(".pt") else said
+        said = Path(self._recipe_checkpoint or "newest.pt")
+        named = [part for part in said.parts if re.fullmatch(r"(epoch|step)_\d+", part)]
+        wanted = named[-1] if named else None if said.suffix == ".pt" else str(said)
         # One rank reads it whole, and all agree on what it found.
-        found = latest(self.output_dir, named[0] if named else fallback) if rank() == 0 else None
+        found = latest(self.output_dir, wanted) if rank() == 0 else None
         patient_barrier()
         name = from_rank_0(found and found.path.name)
         return (
@@ -283,8 +281,7 @@ class _Checkpointer:
                 weights[name]
             return
         write_weights(draft, plan, weights)
-        copied = companions(self.source_dir, plan.dtype)
-        for name, content in chain(copied, tokenizer_files(self.source_dir)):
+        for name, content in companions(self.source_dir, plan.dtype):
             draft.add_bytes(name, content)
 
     def _add_adapter(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mytune.training.checkpointing.files import inside, read_json, to_json
+from mytune.training.checkpointing.tokenizer_files import tokenizer_files
 
 _MAX_BYTES = 64 * 2**20
 # Only these are copied: a downloaded directory may hold anything.
@@ -47,9 +48,13 @@ def companion_files(source: Path) -> dict[str, Path]:
 
 
 def companions(source: Path, dtype: torch.dtype) -> Iterator[tuple[str, bytes]]:
-    """Yield names and contents to copy; `config.json` names the type that the weights now have."""
+    """Yield names and contents to copy; `config.json` names the type that the weights now have.
+
+    Hugging Face's tokenizer files are made where only Meta's is there.
+    """
     for name, path in companion_files(source).items():
         yield name, _retyped(path, dtype) if name == "config.json" else path.read_bytes()
+    yield from tokenizer_files(source)
 
 
 def _retyped(path: Path, dtype: torch.dtype) -> bytes:

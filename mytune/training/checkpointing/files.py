@@ -156,11 +156,6 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def told_size(nbytes: int) -> str:
-    """Return a size for people."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.2f} MiB"
-
-
 def sha256_of(path: Path) -> str:
     """Hash a file's content as it is on the disk, not as the page cache remembers it."""
     with path.open("rb") as file:

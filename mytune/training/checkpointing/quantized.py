@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mytune
+from mytune import versions
 from mytune.errors import CheckpointError, NumericalError, ResourceError, first_line, shortened
 from mytune.modules.decoder import Decoder, DecoderConfig
 from mytune.quantization.tensors import (
@@ -26,7 +26,6 @@ from mytune.training.checkpointing.files import read_json, to_json
 from mytune.training.checkpointing.formats import HF, differences, parameter_shapes
 from mytune.training.checkpointing.publish import Draft, publication
 from mytune.training.checkpointing.safetensors_io import SafetensorsFile
-from mytune.training.checkpointing.tokenizer_files import tokenizer_files
 
 QUANTIZATION = "quantization.json"
 _NAMES = "tensor_names"  # torchao's key of the list of tensors
@@ -119,7 +118,7 @@ def publish_quantized(
         "config": quantizer,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
-        "versions": _versions(),
+        "versions": versions("torch", "torchao"),
     }
     facts = {"step": 0, "format": HF.name, "dtype": what["dtype"], "quantizer": what["quantizer"]}
     with publication(target.parent, target.name, facts) as draft:
@@ -128,8 +127,6 @@ def publish_quantized(
         for name, content in companions(source_dir, dtype):
             if name == "config.json":
                 content = _with_quantizer(content, quantizer)
-            draft.add_bytes(name, content)
-        for name, content in tokenizer_files(source_dir):
             draft.add_bytes(name, content)
 
 
@@ -158,9 +155,3 @@ def _with_quantizer(config: bytes, quantizer: Mapping[str, Any]) -> bytes:
     """Return a config.json by which transformers and vLLM know how the weights are quantized."""
     said = {"quant_method": "torchao", "quant_type": {"default": dict(quantizer)}}
     return to_json({**json.loads(config), "quantization_config": said})
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"mytune": mytune.__version__, **{name: version(name) for name in ("torch", "torchao")}}

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, p
 from tokenizers.models import BPE
 
 from mytune.errors import CheckpointError
-from mytune.tokenizers.files import read_vocabulary
+from mytune.tokenizers.files import byte_alphabet, read_vocabulary
 from mytune.tokenizers.llama3 import PATTERN, SPECIAL_TOKENS
 from mytune.training.checkpointing.files import read_json, to_json
 
@@ -66,7 +66,7 @@ def _tokenizer_json(model: Path) -> bytes:
     """Return the `tokenizer.json` that gives a tiktoken file's ids (4 s for Llama 3's 128,000)."""
     tokens = read_vocabulary(model, PATTERN).tokens
     ranks = {token: rank for rank, token in tokens.items()}
-    letters = _letters()
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
     text = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = [
         (text[left], text[right])
@@ -90,10 +90,3 @@ def _tokenizer_json(model: Path) -> bytes:
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, len(ranks))]
     )
     return tokenizer.to_str().encode()
-
-
-def _letters() -> dict[int, str]:
-    """Return GPT-2's printable letter of each byte: itself, or one from 256 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = (byte for byte in range(256) if byte not in plain)
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(moved)}

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from mytune.quantization.nf4 import NF4Linear
-from mytune.training.plan import GIB, MemoryPlan
+from mytune.training.planning.plan import GIB, MemoryPlan
+from mytune.training.planning.simulate import StepSettings
 from mytune.training.prepare import count_parameters
-from mytune.training.simulate import StepSettings
 
 _MOMENTS = {
     "activations": "in the forward pass",

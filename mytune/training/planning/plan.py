@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
 from mytune.training.activations import checkpoint_activations
-from mytune.training.optimizer_size import optimizer_size
-from mytune.training.simulate import (
+from mytune.training.planning.optimizer_size import optimizer_size
+from mytune.training.planning.simulate import (
     Peak,
     StepSettings,
     kernels_of,
@@ -135,7 +135,7 @@ def _nbytes(module: nn.Module, trained: bool = False) -> int:
 def _simulate(model: Decoder, loss_fn: Loss, settings: StepSettings) -> Peak:
     model.train()
     if settings.compile:
-        from mytune.training.partition import partition_blocks  # imports torch's compiler
+        from mytune.training.planning.partition import partition_blocks  # imports torch's compiler
 
         batch = meta_batch(settings)
         with kernels_of(settings.device, compiled=True):
