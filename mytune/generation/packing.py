@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mytune.generation.cpu_linear import HalfLinear, PackedLinear, cpu_layout, onednn_packs
+from mytune.generation.cpu_linear import (
+    HalfLinear,
+    PackedLinear,
+    cpu_layout,
+    has_odd_rows,
+    onednn_packs,
+)
 from mytune.generation.row_linear import Layout, row_layout
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
@@ -108,14 +114,16 @@ def _joinable(weight: Tensor) -> Layout | None:
 def can_compile(model: Decoder) -> bool:
     """Say whether torch.compile can be used on a model's blocks.
 
-    On a CPU it cannot look into packed weights, and has nothing faster; and what it makes of
-    torchao's products with 8-bit inputs is wrong: see `int8_product`.
+    On a CPU it cannot look into packed weights, and has nothing faster; and what it makes of some
+    of torchao's products is wrong: see `int8_product` and `has_odd_rows`.
     """
     if model.device.type != "cpu":
         return True
     packed = (HalfLinear, PackedLinear)
-    return not any(
-        isinstance(module, packed)
-        or (isinstance(module, nn.Linear) and rounds_inputs(module.weight))
-        for module in model.layers.modules()
-    )
+    linears = [each.weight for each in model.layers.modules() if isinstance(each, nn.Linear)]
+    wrong = any(rounds_inputs(each) or _is_odd_int8(each) for each in linears)
+    return not wrong and not any(isinstance(module, packed) for module in model.layers.modules())
+
+
+def _is_odd_int8(weight: Tensor) -> bool:
+    return type(weight).__name__ == "Int8Tensor" and has_odd_rows(weight)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 from mytune.assets import ASSETS
 from mytune.cli.main import main
 from mytune.errors import CheckpointError, ConfigError, NumericalError, ResourceError
-from mytune.generation import generate
+from mytune.generation import generate, pack_linears
 from mytune.models import auto_model
 from mytune.quantization import Int4WeightOnlyQuantizer, Int8WeightOnlyQuantizer
 from mytune.quantization.tensors import flatten, inner_tensors, is_quantized, keys_of, rebuild
@@ -78,6 +78,21 @@ def test_saved_and_loaded_weights_are_the_same_bit_for_bit(base, tmp_path, name)
     texts = [list(generate(each, [5, 6, 7], max_new_tokens=20)) for each in (model, again)]
     assert texts[0] == texts[1] and len(set(texts[0])) > 3
     assert verify(target) == [] and hashes(base) == before
+
+
+@pytest.mark.parametrize("shift", [0, 1, 8, 9])
+def test_weights_begin_where_vectors_may_wherever_a_file_has_them(base, quantized, shift):
+    """torch's kernel for 8-bit weights ends the process if it must load them from elsewhere."""
+    file = quantized / "model.safetensors"
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    header, data = file.read_bytes()[8 : 8 + size], file.read_bytes()[8 + size :]
+    file.write_bytes((size + shift).to_bytes(8, "little") + header + b" " * shift + data)
+    model = load(quantized)
+    for name, parameter in model.named_parameters():
+        assert all(part.data_ptr() % 64 == 0 for part in plain(parameter).values()), name
+    expected = list(generate(model, range(5, 12), max_new_tokens=5))
+    pack_linears(model)
+    assert list(generate(model, range(5, 12), max_new_tokens=5)) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in ON_CPU if name != "int4"])

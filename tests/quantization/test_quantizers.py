@@ -28,6 +28,7 @@ from mytune.generation.cpu_linear import DynamicInt8Linear, Int8Linear
 from mytune.generation.packing import packed_linear
 from mytune.generation.row_linear import KINDS
 from mytune.models import auto_model
+from mytune.models.llama3 import llama3
 from mytune.modules import LinearCrossEntropyLoss
 from mytune.quantization import (
     QUANTIZERS,
@@ -158,10 +159,8 @@ def test_packed_8_bit_linears_compute_the_same(base, name, length, capability, m
     size = sum(stored_bytes(p) for p in model.parameters())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     pack_linears(model)
-    # In each block q, k and v joined, o, gate and up joined, down; and the head. Int8Linear is not
-    # for down_proj, which has 96 inputs.
-    found, blocks = sum(type(m) is kind for m in model.modules()), len(model.layers)
-    assert found == (3 if kind is Int8Linear else 4) * blocks + 1
+    # In each block q, k and v joined, o, gate and up joined, down; and the head.
+    assert sum(type(m) is kind for m in model.modules()) == 4 * len(model.layers) + 1
     assert 0.99 * size < sum(stored_bytes(p) for p in model.parameters()) <= size
     packed = logits(model, tokens)
     assert 0 < change(packed, expected) < 1.2 * change(plain, expected)
@@ -177,15 +176,6 @@ def test_rounded_inputs_are_torchaos():
         torch.testing.assert_close(found, model(rows), rtol=1e-6, atol=0)
 
 
-def test_8_bit_rows_that_fill_no_vectors_are_left_to_torchao():
-    model = nn.Sequential(nn.Linear(172, 64, bias=False), nn.Linear(64, 172, bias=False)).to(BF16)
-    quantize_(model, Int8WeightOnlyConfig())
-    odd, even = (packed_linear(linear.weight, 1) for linear in model)
-    assert odd is None
-    x = torch.randn(5, 64, dtype=BF16)
-    assert change(even(x), model[1](x)) < 0.01
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -198,6 +188,17 @@ def test_inputs_that_are_rounded_otherwise_are_left_to_torchao(config):
     model = nn.Sequential(nn.Linear(64, 64, bias=False)).to(BF16)
     quantize_(model, config)
     assert packed_linear(model[0].weight, 1) is None
+
+
+@pytest.mark.parametrize(("hidden", "compiles"), [(80, True), (88, False)])
+def test_8_bit_rows_that_fill_no_vectors_are_left_to_torchao(hidden, compiles):
+    sizes = dict(vocab_size=97, num_layers=2, num_heads=2, num_kv_heads=1, embed_dim=64)
+    model = llama3(**sizes, intermediate_dim=hidden, max_seq_len=64).to(BF16)
+    quantize_(model, Int8WeightOnlyConfig())
+    expected = logits(model, torch.arange(5)[None])
+    pack_linears(model)
+    assert isinstance(model.layers[0].mlp.down_proj, Int8Linear) == compiles == can_compile(model)
+    assert change(logits(model, torch.arange(5)[None]), expected) < 0.02
 
 
 def test_what_torch_compiles_wrongly_is_not_compiled(base):

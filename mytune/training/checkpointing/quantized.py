@@ -68,7 +68,7 @@ def read_quantized(
             keys = keys_of(name, said)
             found = {part: held.pop(key) for part, key in keys.items() if key in held}
             if found.keys() == keys.keys():
-                parts = {part: file[keys[part]] for part, file in found.items()}
+                parts = {part: _aligned(file[keys[part]]) for part, file in found.items()}
                 weights[HF.table.ours(name) or name] = rebuild(said, parts)
             problems += [f"missing {keys[part]}" for part in keys.keys() - found.keys()]
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -81,6 +81,14 @@ def read_quantized(
             shortened(problems),
         )
     return weights
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor at an address that vectors can be loaded from: a file's may be any.
+
+    torch's kernel for 8-bit weights ends the process at others.
+    """
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
 def _metadata(files: Sequence[SafetensorsFile]) -> Iterator[tuple[str, dict[str, Any]]]:
