@@ -38,10 +38,6 @@ class DataError(TuneError):
     exit_code = 3
 
 
-class UnreachableError(DataError):
-    """Data that is elsewhere and cannot be had now."""
-
-
 class CheckpointError(TuneError):
     """A checkpoint that is missing, corrupt, or does not fit the model."""
 
@@ -52,6 +48,10 @@ class ResourceError(TuneError):
     """The environment lacks something: disk, permission, memory, a device, a package."""
 
     exit_code = 5
+
+
+class UnreachableError(ResourceError):
+    """Data is elsewhere, and the network does not give it."""
 
 
 class RanksLost(ResourceError):
@@ -74,6 +74,12 @@ class StoppedEarly(TuneError):
     """The run was asked to stop, has saved, and can be resumed."""
 
     exit_code = 75
+
+
+def is_network(error: BaseException) -> bool:
+    """Say whether an error means that there is no network, or that it may not be used."""
+    words = type(error).__name__ + str(error)
+    return isinstance(error, ConnectionError) or "ffline" in words
 
 
 def is_out_of_memory(error: BaseException) -> bool:

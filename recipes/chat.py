@@ -173,6 +173,8 @@ def talk(turns: list[Message], speaker: Speaker) -> None:
         try:
             line = input("> " if typing else "").strip()
         except EOFError:
+            if typing:
+                print()
             return
         match line.split(maxsplit=1):
             case []:
@@ -183,12 +185,14 @@ def talk(turns: list[Message], speaker: Speaker) -> None:
                 say(HELP)
             case ["/reset"]:
                 turns[:] = [turn for turn in turns if turn.role == "system"]
+                say("(the conversation is forgotten)")
             case ["/system"]:
                 said = [turn.content for turn in turns if turn.role == "system"]
                 say(said[0] if said else "nothing; /system TEXT says how to answer")
             case ["/system", text]:
                 if fits([*begin(text), Message("user", "Hello")], speaker):
                     turns[:] = begin(text)
+                    say("(the system message is set, and the conversation forgotten)")
             case ["/quit" | "/help" | "/reset" as word, _]:
                 say(f"{word} takes nothing after it")
             case [word, *_] if word.startswith("/"):

@@ -121,8 +121,9 @@ def main(cfg: Config) -> None:
         tokenizer = instantiate(cfg.tokenizer)
         checkpointer = instantiate(cfg.checkpointer)
         base = base_checkpointer(cfg)
-        log.info("Running evaluation on the following tasks: %s", list(cfg.tasks))
+        log.info("Looking up tasks and loading their data")
         tasks = load_tasks(cfg.tasks, cfg.include_path, cfg.num_fewshot)
+        log.info("Running evaluation on the following tasks: %s", list(cfg.tasks))
         earlier = read_results(cfg.compare, tasks["tasks"]) if cfg.compare and not base else None
 
         with torch.device("meta"):
@@ -130,14 +131,14 @@ def main(cfg: Config) -> None:
         check_vocabulary(tokenizer, model.config.vocab_size)
         positions = model.config.max_seq_len
         if (cfg.max_seq_length or 0) > positions:
-            log.warning("max_seq_length: the model has but %d positions", positions)
+            log.warning("max_seq_length: %d, all positions that the model has", positions)
         check_tasks(tasks, min(cfg.max_seq_length or positions, positions))
         results = measure(cfg, model, checkpointer, tokenizer, tasks, device, dtype)
         if base:
             write_results(cfg.output_dir, results, config_yaml(cfg))  # what comes may fail
             log.info("Results so far are in %s; evaluating %s", cfg.output_dir, cfg.compare)
             with torch.device("meta"):
-                model = Decoder(model.config) if adapter_state(model) else instantiate(cfg.model)
+                model = base_model(cfg, model)
             earlier = measure(cfg, model, base, tokenizer, tasks, device, dtype)
         report(cfg, results, earlier, again=bool(base))
 
@@ -164,6 +165,15 @@ def base_checkpointer(cfg: Config) -> Any:
         return None
     other = {"checkpoint_dir": cfg.compare, "checkpoint_files": None, "adapter_checkpoint": None}
     return instantiate({**cfg.checkpointer, **other})
+
+
+def base_model(cfg: Config, model: Decoder) -> Decoder:
+    """Return the base's model: of its own sizes where a directory tells them, without adapters."""
+    if "checkpoint_dir" in cfg.model:
+        base: Decoder = instantiate({**cfg.model, "checkpoint_dir": cfg.compare})
+    else:
+        base = instantiate(cfg.model)
+    return Decoder(base.config) if adapter_state(base) else base
 
 
 def measure(

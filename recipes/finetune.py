@@ -147,13 +147,13 @@ class Config:
     dataset: Components
     # Rows to measure val_loss on.
     dataset_val: Components | None = None
-    # Measure val_loss every n steps; if not given, at the end of each epoch.
+    # Measure val_loss every n steps and at the end; if not given, after each epoch.
     run_val_every_n_steps: int | None = None
     # Rows per micro-batch of the validation; if not given, batch_size.
     batch_size_val: int | None = None
     # Tasks of lm_eval, or your own, to evaluate on while training; logged as eval/TASK/METRIC.
     eval_tasks: list[str] | None = None
-    # Evaluate every n steps; if not given, at the end of each epoch.
+    # Evaluate every n steps and at the end; if not given, after each epoch.
     eval_every_n_steps: int | None = None
     # Documents per task, the first ones; below 1 a share of them; null for all.
     eval_limit: float | None = None
@@ -247,7 +247,7 @@ class Measurement(NamedTuple):
 
     Args:
         names: how the names of its numbers begin.
-        every: after so many steps; None for the end of each epoch.
+        every: after so many steps, and at the end; None for the end of each epoch.
     """
 
     names: list[str]
@@ -350,9 +350,9 @@ def main(cfg: Config) -> None:
         if resumed:  # the run may have ended while it measured
             if step >= total_steps:
                 log.info("all %d steps are done: more epochs make it go on", total_steps)
-            epoch_ends = step % loader.steps_per_epoch == 0
+            epoch_ends, run_ends = step % loader.steps_per_epoch == 0, step >= total_steps
             known = from_rank_0(logger.logged(step))
-            complete = measure_due(measurements, step, epoch_ends, logger, stop, known)
+            complete = measure_due(measurements, step, epoch_ends, run_ends, logger, stop, known)
         publish = partial(save, cfg, checkpointer, model, optimizer, dtype, run)
         steps = remaining_steps(loader, step, cfg.epochs) if complete else ()
         lap = time.perf_counter()
@@ -393,12 +393,12 @@ def main(cfg: Config) -> None:
             progress.update(step, loss_value, speed)
             profiler.step()
 
-            epoch_ends = step % loader.steps_per_epoch == 0
+            epoch_ends, run_ends = step % loader.steps_per_epoch == 0, step == total_steps
             name = f"epoch_{epoch}" if epoch_ends else f"step_{step}"
             if saved := epoch_ends or is_due(step, cfg.save_every_n_steps):
                 publish(name, step, (trained_tokens, seconds))
             # After saving: it takes a while, and a task may fail.
-            complete = measure_due(measurements, step, epoch_ends, logger, stop)
+            complete = measure_due(measurements, step, epoch_ends, run_ends, logger, stop)
             if not complete or stop.on_any_rank():
                 if not saved:
                     publish(name, step, (trained_tokens, seconds))
@@ -408,8 +408,9 @@ def main(cfg: Config) -> None:
 
         report(cfg, checkpointer, logger, step, trained_tokens, seconds, model, device)
         if step < total_steps or not complete:
+            done = "saved" if complete else "saved and not all measured"
             raise StoppedEarly(
-                f"after step {step} of {total_steps}, saved; "
+                f"after step {step} of {total_steps}, {done}; "
                 "to go on, run the same command with resume_from_checkpoint=True"
             )
 
@@ -437,7 +438,7 @@ def look_at_data(cfg: Config) -> tuple[RunFacts, int | None]:
     per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size()
     part = min(1.0, loader.steps_per_epoch * per_step / len(loader.dataset))
     facts = RunFacts(
-        rows=stats.rows,
+        rows=round(part * stats.rows),
         tokens=round(part * stats.tokens),
         trained_tokens=round(part * stats.trainable_tokens),
         steps_per_epoch=loader.steps_per_epoch,
@@ -568,7 +569,7 @@ def make_loader(
             f"there are {world_size()} processes, but {len(loader.dataset)} rows to train on; "
             "start fewer processes (--nproc_per_node)"
         )
-    log.info("data: %s, %d steps per epoch", loader.dataset.stats, loader.steps_per_epoch)
+    log.info("data: %s; steps per epoch: %d", loader.dataset.stats, loader.steps_per_epoch)
     return loader
 
 
@@ -736,6 +737,7 @@ def measure_due(
     measurements: Sequence[Measurement],
     step: int,
     epoch_ends: bool,
+    run_ends: bool,
     logger: MetricLoggers,
     stop: StopSignal,
     known: Collection[str] = (),
@@ -746,7 +748,7 @@ def measure_due(
     """
     for each in measurements:
         missing = [name for name in each.names if not any(k.startswith(name) for k in known)]
-        if missing and is_due(step, each.every, otherwise=epoch_ends):
+        if missing and (run_ends or is_due(step, each.every, otherwise=epoch_ends)):
             # Asked here, too: a task takes a while before its first batch.
             scores = None if stop.on_any_rank() else each.measure()
             if scores is None:

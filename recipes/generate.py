@@ -34,6 +34,7 @@ from mytune.generation import (
     complete,
     generate,
     pack_linears,
+    stop_ids,
 )
 from mytune.modules import Decoder, DecoderConfig
 from mytune.quantization import stored_bytes
@@ -153,7 +154,7 @@ def main(cfg: Config) -> int:
     }
     started = time.perf_counter()
     if streamed:
-        stops = tokenizer.stop_tokens
+        stops = stop_ids(tokenizer, cfg.stop or ())
         tokens = generate(model, prompts[0], stop_tokens=stops, **settings)
         if isinstance(cfg.prompt, str):
             print(printable(cfg.prompt), end="", flush=True)

@@ -243,4 +243,4 @@ def report(
 
 def told(value: Any) -> str:
     """Return a count with its thousands, another number with four digits."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:#,.4g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:#,.4g}".rstrip(".")

@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     job = parse(words)
     prepare_torch()
     loaded = load(job)
+    _check_method(words[0], loaded)
     tell(loaded)
     if options or job.recipe.stem.endswith("_distributed") or words[0].endswith("_distributed"):
         from mytune.cli.torchrun import as_one_of, launch
@@ -131,6 +132,23 @@ def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
     if built_in and owner and owner.kind != built_in.kind:
         right = f"tune run {owner.name} --config {args.config}"
         raise ConfigError(f"{args.config} is a config of another recipe: `{right}`")
+
+
+def _check_method(recipe: str, loaded: LoadedConfig) -> None:
+    """Refuse a model of mytune's that trains something else than the recipe's name says."""
+    method = registry.RECIPES[recipe].kind if recipe in registry.RECIPES else ""
+    package, _, builder = loaded.values().get("model", {}).get("_component_", "").rpartition(".")
+    if method not in ("lora", "full") or not package.startswith("mytune.models"):
+        return
+    if (method == "lora") == builder.startswith(("lora_", "qlora_")):
+        return
+    full = builder.removeprefix("q").removeprefix("lora_")
+    trains, right = ("adapters", f"lora_{full}") if method == "lora" else ("all weights", full)
+    other = recipe.replace(method, "full" if method == "lora" else "lora", 1)
+    raise ConfigError(
+        f"{loaded.where('model._component_')}: {recipe} trains {trains}, which {builder} does not: "
+        f"model._component_={package}.{right}, or `tune run {other}`"
+    )
 
 
 def load(job: Job, *, components: bool = True) -> LoadedConfig:

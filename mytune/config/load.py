@@ -181,8 +181,10 @@ def _translate(tree: Tree, node: Any, path: Keys) -> Any:
         tree.problem(path, why)
         return "???"  # OmegaConf's word for a value that is missing
     name = our_name(node) if path[-1] == KEY or node.startswith("torchtune.") else node
-    if name != node and (notice := f"{node} is {name} here") not in tree.notices:
-        tree.notices.append(notice)
+    if name != node:
+        same = name == node.replace("torchtune.", "mytune.", 1)
+        notice = "torchtune.X is mytune.X here" if same else f"{node} is {name} here"
+        tree.notices += [notice] if notice not in tree.notices else []
     return name
 
 

@@ -15,7 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mytune.errors import ConfigError, DataError, UnreachableError, did_you_mean, first_line
+from mytune.errors import (
+    ConfigError,
+    DataError,
+    UnreachableError,
+    did_you_mean,
+    first_line,
+    is_network,
+)
 
 Numbered = Iterator[tuple[int, Any]]
 DataFiles = str | list[str] | Mapping[str, str | list[str]] | None
@@ -324,7 +331,7 @@ def _hub_source(source: str, split: str, **options: Any) -> Source:
     try:
         data = datasets.load_dataset(source, split=split, **given)
     except Exception as error:  # those of its network, file and parser layers come through, too
-        raise UnreachableError(
+        raise (UnreachableError if is_network(error) else DataError)(
             f"{source!r} is no local file or folder, and the hub does not give it: "
             f"{first_line(error)}; check the dataset's source, name and split, the network "
             "(HF_HUB_OFFLINE), and, if it is gated, HF_TOKEN"

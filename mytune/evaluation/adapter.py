@@ -125,6 +125,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                     f"continuation to score has {len(rest)}, begins with {strings[1][:40]!r} and "
                     "must fit as a whole"
                 )
+        if empty := sum(not rest for _, _, rest in requests):
+            log.warning(
+                "%d of %d continuations have no token of their own, as they melt into the context: "
+                "their log-likelihood is 0",
+                *(empty, len(requests)),
+            )
         return self._score([Request(context, rest) for _, context, rest in requests])
 
     def loglikelihood_rolling(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mytune.errors import ConfigError, DataError, ResourceError
+from mytune.errors import ConfigError, DataError, ResourceError, UnreachableError, is_network
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -223,8 +223,11 @@ def _load(manager: TaskManager, name: str) -> Tasks:
             reason = "there are no rows"
         if isinstance(error, KeyError):
             reason = f"there is no {reason}"
-        if isinstance(error, ConnectionError) or "ffline" in type(error).__name__ + reason:
-            raise ResourceError(f"task {name}: its data cannot be downloaded: {reason}") from error
+        if is_network(error):
+            raise UnreachableError(
+                f"task {name}: its data cannot be downloaded: {reason}; check the network "
+                "(HF_HUB_OFFLINE), or name a task of yours over local files with include_path"
+            ) from error
         raise DataError(f"task {name}: cannot be loaded: {reason}") from error
 
 

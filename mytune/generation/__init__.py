@@ -11,7 +11,7 @@ from mytune.generation.generate import (
 from mytune.generation.kv_cache import KVCache
 from mytune.generation.packing import can_compile, pack_linears
 from mytune.generation.sampling import Sampling, check_sampling, sample
-from mytune.generation.text import Completion, TextStream, complete
+from mytune.generation.text import Completion, TextStream, complete, stop_ids
 
 __all__ = [
     "Completion",
@@ -29,4 +29,5 @@ __all__ = [
     "generate_batch",
     "pack_linears",
     "sample",
+    "stop_ids",
 ]

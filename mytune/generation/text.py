@@ -53,6 +53,15 @@ def _begun(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
+def stop_ids(tokenizer: ModelTokenizer, stop: Sequence[str] = ()) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's, and special tokens that `stop` names.
+
+    Special tokens are left out of an answer's text, where no stop string would find them.
+    """
+    names = tokenizer.special_tokens
+    return [*tokenizer.stop_tokens, *(names[each] for each in stop if each in names)]
+
+
 @dataclass(frozen=True)
 class Completion:
     """What continues a prompt: its text, and the row of tokens that it comes from.
@@ -77,7 +86,7 @@ def complete(
     `settings` are those of `Decoding`, which says what is raised, too; there are `num_samples`
     completions for each prompt, side by side.
     """
-    decoding = Decoding(model, prompts, stop_tokens=tokenizer.stop_tokens, **settings)
+    decoding = Decoding(model, prompts, stop_tokens=stop_ids(tokenizer, stop), **settings)
     streams = [TextStream(tokenizer.stream_decoder(), stop) for _ in decoding.rows]
     texts = [""] * len(streams)
     for step in decoding:

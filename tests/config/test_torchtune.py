@@ -81,12 +81,12 @@ def test_a_config_for_torchtune_runs_as_it_is(tmp_path: Path) -> None:
     loaded = read_config(FINETUNE, tmp_path / "theirs.yaml")
     assert loaded.problems == []
     assert check_components(loaded, files=False) == []
-    names = THEIRS.count("_component_: torchtune.")
-    assert [each.endswith(" here") for each in loaded.notices].count(True) == names
+    assert loaded.notices.count("torchtune.X is mytune.X here") == 1
+    assert THEIRS.count("_component_: torchtune.") > len(loaded.notices)
     assert [each for each in loaded.notices if "low_cpu_ram is ignored" in each]
 
 
-def test_torchtunes_names_become_ours_with_one_notice_each(load: Load) -> None:
+def test_torchtunes_names_become_ours_with_one_notice(load: Load) -> None:
     alpaca = "_component_: torchtune.datasets.alpaca_dataset"
     first = f"{{{alpaca}, template: torchtune.data.ChatMLTemplate}}"
     loaded = load(yaml=CONFIG + f"dataset: [{first}, {{{alpaca}}}]\n")
@@ -99,8 +99,8 @@ def test_torchtunes_names_become_ours_with_one_notice_each(load: Load) -> None:
         {"_component_": "mytune.datasets.alpaca_dataset"},
     ]
     assert sorted(loaded.notices) == [
+        "torchtune.X is mytune.X here",
         "torchtune.data.ChatMLTemplate is mytune.datasets.ChatMLTemplate here",
-        "torchtune.datasets.alpaca_dataset is mytune.datasets.alpaca_dataset here",
     ]
 
 

@@ -17,7 +17,7 @@ from mytune.datasets import (
     wikitext_dataset,
 )
 from mytune.datasets.sources import open_source
-from mytune.errors import ConfigError, DataError
+from mytune.errors import ConfigError, DataError, UnreachableError
 
 ROWS = [{"input": f"q{i}, “{i}”\n", "output": "a" * i} for i in range(1, 21)]
 
@@ -222,8 +222,16 @@ def test_a_hub_data_set_is_loaded_with_its_options(monkeypatch, tokenizer):
         wikitext_dataset(tokenizer, column="nothing")
 
 
-def test_a_hub_data_set_that_cannot_be_had_is_one_clear_error(tokenizer):
-    with pytest.raises(DataError) as error:
+@pytest.mark.parametrize(
+    ("why", "kind"),
+    [(ConnectionError("no route"), UnreachableError), (FileNotFoundError("none"), DataError)],
+)
+def test_a_hub_data_set_that_cannot_be_had_is_one_clear_error(tokenizer, monkeypatch, why, kind):
+    def load_dataset(path, **options):
+        raise why
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(kind) as error:
         alpaca_dataset(tokenizer, source="nobody/nothing-of-the-kind")
     assert str(error.value).startswith("'nobody/nothing-of-the-kind' is no local file or folder")
     assert "HF_HUB_OFFLINE" in str(error.value) and "\n" not in str(error.value)

@@ -16,6 +16,9 @@ class Bytes:
 
     stop_tokens: tuple[int, ...] = (0,)
 
+    def __init__(self, **special_tokens: int) -> None:
+        self.special_tokens = special_tokens
+
     def stream_decoder(self):
         return StreamDecoder(lambda token: bytes([token]))
 
@@ -69,6 +72,15 @@ def test_completions_are_cut_at_stop_strings_and_their_rows_end_there():
     assert (
         alone[0].row.tokens == found[0].row.tokens == list(endless[0])[: len(found[0].row.tokens)]
     )
+
+
+def test_a_special_token_that_is_named_ends_an_answer():
+    model, _ = twins(**VARIED, vocab_size=200)
+    endless = generate_batch(model, [[1, 5, 9]], max_new_tokens=60, stop_tokens=[0])[0]
+    tokenizer = Bytes(tag=endless[20])
+    (found,) = complete(model, [[1, 5, 9]], tokenizer, stop=["tag"], max_new_tokens=60)
+    assert found.row.tokens == endless[: endless.index(endless[20])]
+    assert found.row.ended == "stop"
 
 
 def test_completions_of_samples_stand_side_by_side():

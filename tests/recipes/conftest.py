@@ -29,6 +29,12 @@ FULL = {
 }
 
 
+def recipe_of(config: dict[str, Any], ranks: str = "single_device") -> str:
+    """Return the name under which a config's model is trained."""
+    method = "lora" if "lora_" in config["model"]["_component_"] else "full"
+    return f"{method}_finetune_{ranks}"
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: random Llama, the embedded model's tokenizer."""
@@ -87,7 +93,7 @@ def run(tmp_path: Path) -> Run:
     def run_recipe(config: dict[str, Any], *overrides: str, code: int = 0) -> list[dict[str, Any]]:
         file = tmp_path / "config.yaml"
         file.write_text(yaml.safe_dump(config))
-        command = ["run", "full_finetune_single_device", "--config", str(file), *overrides]
+        command = ["run", recipe_of(config), "--config", str(file), *overrides]
         assert main(command) == code
         folder = next((o.partition("=")[2] for o in overrides if o.startswith("output_dir=")), None)
         metrics = Path(folder or config["output_dir"]) / "metrics.jsonl"

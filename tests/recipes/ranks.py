@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from mytune.modules import LinearCrossEntropyLoss
+from tests.recipes.conftest import recipe_of
 
 SHARES_4_BITS = pytest.mark.skipif(
     torch.__version__ < "2.12", reason="this torch cannot share 4-bit weights among ranks"
@@ -73,7 +74,7 @@ def run_ranks(
     file, log = folder / "ranks.yaml", folder / "ranks.log"
     file.write_text(yaml.safe_dump(config))
     log.unlink(missing_ok=True)
-    command = ["run", "full_finetune_single_device", "--config", str(file), *overrides]
+    command = ["run", recipe_of(config), "--config", str(file), *overrides]
     port = free_port()
     processes = [
         _CONTEXT.Process(target=_work, args=(rank, n, port, command, log), daemon=True)

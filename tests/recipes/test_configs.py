@@ -70,6 +70,21 @@ def test_every_recipe_makes_two_steps(config, recipe, tmp_path):
     assert "${asset:tiny}" in (tmp_path / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "builder", "repair"),
+    [
+        ("lora_finetune_single_device", "auto_model", "mytune.models.lora_auto_model"),
+        ("full_finetune_single_device", "qlora_auto_model", "mytune.models.auto_model"),
+    ],
+)
+def test_a_model_that_trains_something_else_is_refused(recipe, builder, repair, tmp_path, capsys):
+    config = "tiny/lora_single_device" if "lora" in recipe else "tiny/full_single_device"
+    command = ["run", recipe, "--config", config, f"output_dir={tmp_path / 'run'}"]
+    assert main([*command, f"model=torchtune.models.{builder}", "model.checkpoint_dir=."]) == 2
+    assert f"{builder} does not: model._component_={repair}, or `tune" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["lora_finetune_distributed", "full_finetune_distributed"])
 def test_a_distributed_name_is_the_same_recipe(name):
     assert registry.RECIPES[name].file == registry.ROOT / "recipes" / "finetune.py"

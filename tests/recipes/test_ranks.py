@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mytune.training.checkpointing.safetensors_io import SafetensorsFile
 from tests.hf import tiny_llama
-from tests.recipes.conftest import LORA, curve
+from tests.recipes.conftest import LORA, curve, recipe_of
 from tests.recipes.ranks import SHARES_4_BITS, run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -44,7 +44,7 @@ def test_torchrun_starts_the_ranks(run, config, tmp_path):
     file = tmp_path / "ranks.yaml"
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "mytune", "run", "--nproc_per_node", "2"]
-    command += ["full_finetune_distributed", "--config", str(file)]
+    command += [recipe_of(config, "distributed"), "--config", str(file)]
     command += ["gradient_accumulation_steps=1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -20,7 +20,7 @@ from mytune import training
 from mytune.datasets import BatchLoader
 from mytune.training import checkpointing
 from mytune.training.checkpointing import checkpointers
-from tests.recipes.conftest import LORA, curve
+from tests.recipes.conftest import LORA, curve, recipe_of
 
 MODELS = {"full": {}, "lora": {"model": {**LORA, "lora_dropout": 0.1}}}
 SCHEDULE = {
@@ -209,7 +209,7 @@ def start(config, tmp_path, *overrides):
     """Start the recipe in a process of its own; return it once it has made a step."""
     file = tmp_path / "process.yaml"
     file.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "mytune", "run", "full_finetune_single_device"]
+    command = [sys.executable, "-m", "mytune", "run", recipe_of(config)]
     process = subprocess.Popen(
         [*command, "--config", str(file), *overrides], stderr=subprocess.PIPE, text=True
     )

@@ -165,6 +165,7 @@ class _Checkpointer:
             raise CheckpointError(
                 f"adapter_checkpoint: there is no {' or '.join(map(str, dict.fromkeys(paths)))}"
             )
+        log.info("Reading an adapter from %s", found)
         return read_adapter(found)
 
     def latest(self) -> Published | None:

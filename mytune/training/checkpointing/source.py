@@ -229,9 +229,9 @@ class Source:
         ]
         if problems:
             raise CheckpointError(
-                f"{self.paths[0].parent}: {len(problems)} tensors do not fit the model; "
-                "model._component_=mytune.models.auto_model with "
-                f"model.checkpoint_dir={self.paths[0].parent} takes the sizes from there",
+                f"{self.paths[0].parent}: {len(problems)} tensors do not fit the config's model; "
+                f"mytune.models.auto_model with model.checkpoint_dir={self.paths[0].parent} takes "
+                "the sizes from there, and lora_auto_model and qlora_auto_model do with adapters",
                 shortened(problems),
             )
         return layout
