@@ -12,12 +12,12 @@ Copy it with `tune cp lora_finetune_single_device my_recipe.py` and change what 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -538,8 +538,8 @@ def check_levers(cfg: Config) -> None:
 
 def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any, resume: bool) -> None:
     """Lock the run's folders against other runs, and keep what another run left there."""
-    folders = (Path(cfg.output_dir).expanduser(), checkpointer.output_dir)
-    for folder in dict.fromkeys(each.resolve() for each in folders):
+    folders = (os.path.expanduser(cfg.output_dir), checkpointer.output_dir)
+    for folder in dict.fromkeys(map(os.path.realpath, folders)):
         stack.enter_context(output_dir_lock(folder))
         refuse_other_run(
             folder,

@@ -6,6 +6,8 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from mytune.errors import (
@@ -37,11 +39,27 @@ def take_debug(words: Sequence[str]) -> list[str]:
     return [word for word in words if word != "--debug"]
 
 
+def open_streams() -> None:
+    """Put the null device in the place of closed streams, and let no character end the process.
+
+    A file that is opened would else take their place, and what is printed would go there.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def report(work: Callable[[], int | None]) -> int:
     """Do `work`, print how it failed if it did, and return the exit code."""
     code, text = outcome(work)
     if text:
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # the code says it, too
+            print(text, file=sys.stderr, flush=True)
     return code
 
 
@@ -49,8 +67,7 @@ def outcome(work: Callable[[], int | None]) -> tuple[int, str]:
     """Do `work` and return the exit code and what to print on stderr; never raises."""
     try:
         code = work() or 0
-        if sys.stdout:  # None, if it was closed before
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code, ""
     except SystemExit as end:  # argparse's --help, or a recipe's own
         if end.code is None or isinstance(end.code, int):

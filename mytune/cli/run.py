@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
-from mytune.cli.report import report, take_debug
+from mytune.cli.report import open_streams, report, take_debug
 from mytune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -189,6 +189,8 @@ def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
     A recipe file that ends in `if __name__ == "__main__": raise SystemExit(run_recipe(__file__))`
     is a script for `python my_recipe.py --config my.yaml` and for torchrun.
     """
+    if argv is None:
+        open_streams()
     words = [file, *take_debug(sys.argv[1:] if argv is None else argv)]
     caller = sys.modules["__main__"]
     same = getattr(caller, "__file__", None) and os.path.samefile(str(caller.__file__), file)

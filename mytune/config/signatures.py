@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+import sys
 import types
 import typing
+from collections import abc
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
@@ -24,24 +27,40 @@ def read_parameters(name: str) -> list[Parameter] | None:
     """
     if local := local_file(name):
         return _from_source(*local, name)
+    component = find_component(name)
     try:
-        return list(inspect.signature(find_component(name)).parameters.values())
+        parameters = list(inspect.signature(component).parameters.values())
     except ValueError:
         return None
+    ours = name.startswith("mytune.")
+    return [_spelled_out(each, component) for each in parameters] if ours else parameters
+
+
+def _spelled_out(parameter: Parameter, component: Any) -> Parameter:
+    """Put what its module's names mean in the place of an annotation's text."""
+    names = {**vars(typing), **vars(abc), **vars(sys.modules[component.__module__])}
+    try:
+        return parameter.replace(annotation=eval(parameter.annotation, names))
+    except (NameError, TypeError):  # imported for the type checker alone; none, or no text
+        return parameter
 
 
 def annotation(parameter: Parameter) -> str:
+    """Return what a parameter takes, for people."""
     note = parameter.annotation
-    return note if isinstance(note, str) else inspect.formatannotation(note)
+    text = note if isinstance(note, str) else inspect.formatannotation(note)
+    text = re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", text)  # of what module a name is
+    return text.replace("Sequence[", "list[").replace("Mapping[", "dict[").replace(" | Path", "")
 
 
 def fits(value: Any, parameter: Parameter) -> bool:
     """May `value` be given to `parameter`? Yes, if its annotation is none that configs know."""
     built = isinstance(value, dict) and KEY in value
-    if built or parameter.annotation is Parameter.empty or value is parameter.default is None:
+    note = parameter.annotation
+    if built or note is Parameter.empty or value is parameter.default is None:
         return True
     try:
-        return _fits(value, parse_hint(annotation(parameter)))
+        return _fits(value, parse_hint(note) if isinstance(note, str) else note)
     except (ValueError, SyntaxError):
         return True
 
@@ -52,11 +71,17 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, each) for each in options)
     if origin is typing.Literal:
         return value in options
-    if origin is list:
+    if origin in (list, tuple, abc.Sequence):
         return isinstance(value, list) and all(_fits(each, options[0]) for each in value)
+    if origin in (dict, abc.Mapping):
+        return isinstance(value, dict) and all(_fits(each, options[1]) for each in value.values())
+    if origin is abc.Callable:
+        return False  # a component makes one
     if hint is float:
         return type(value) in (int, float)
-    return hint is Any or type(value) is (origin or hint)
+    if hint in (str, int, bool, list, dict, type(None)):
+        return type(value) is hint
+    return isinstance(value, str) if hint is Path else True
 
 
 def _from_source(file: Path, module: str, name: str) -> list[Parameter] | None:

@@ -245,6 +245,8 @@ def _array_items(file: Path) -> Iterator[Any]:
             match = _SEPARATOR.match(buffer, at)
             at = match.end() if match else at
             if buffer.startswith("]", at):
+                if rest := (buffer[at + 1 :] + text.read(_CHUNK)).strip():
+                    raise ValueError(f"not JSON: after the array follows {rest[:40]!r}")
                 return
             try:
                 item, at = decode(buffer, at)

@@ -48,7 +48,7 @@ class ChatTemplate:
         source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
         try:
             self._template = environment.from_string(source)
-        except (TemplateError, RecursionError, MemoryError) as error:
+        except (TemplateError, RecursionError, MemoryError, ValueError, OverflowError) as error:
             raise self._wrong(error) from error
 
     def __call__(
@@ -93,8 +93,9 @@ def _read(path: Path) -> tuple[Path, str, dict[str, str]]:
     if path != config:
         template = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     if isinstance(template, list):
-        named = {each.get("name"): each for each in template if isinstance(each, dict)}
-        template = named.get("default", {}).get("template")
+        known_as = [each for each in template if isinstance(each, dict)]
+        usual = [each for each in known_as if each.get("name") == "default"]
+        template = usual[0].get("template") if usual else None
     if not isinstance(template, str):
         raise ConfigError(
             f"chat_template: no template in {path}; give true for the tokenizer's own format, a "

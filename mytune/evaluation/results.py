@@ -35,6 +35,7 @@ _NO_RESULTS = (
     ArithmeticError,
     AttributeError,
     KeyError,
+    RecursionError,
     TypeError,
 )
 _KEPT = "results groups group_subtasks versions n-shot n-samples higher_is_better".split()
@@ -83,7 +84,7 @@ def differing(base: Results, tuned: Results, config: str) -> list[str]:
         f"{task}: {what} was {_told(before)} for the base and is {_told(after)}"
         for what in _COMPARED
         for task, after in tuned.get(what, {}).items()
-        if (before := base.get(what, {}).get(task, after)) != after
+        if _told(before := base.get(what, {}).get(task, after)) != _told(after)
     ]
 
 

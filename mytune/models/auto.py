@@ -56,7 +56,9 @@ def _odd(sizes: DecoderConfig) -> list[str]:
     reals = {"norm_eps": sizes.norm_eps, "rope_base": sizes.rope_base}
     reals |= {f"rope_scaling.{k}": n for k, n in (vars(scaling) if scaling else {}).items()}
     found += [
-        f"{k} is {n!r}" for k, n in reals.items() if type(n) not in (int, float) or not 0 < n < 1e30
+        f"{k} is {n!r}"
+        for k, n in reals.items()
+        if type(n) not in (int, float) or not 0 < n < 2**53
     ]
     if not found and scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
         found.append("rope_scaling.high_freq_factor is not above low_freq_factor")

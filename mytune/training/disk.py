@@ -30,11 +30,14 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file such that it is at every moment the old one or the new one."""
     draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with writing(path):
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        try:
+            with draft.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def check_disk_space(path: str | Path, needed: int) -> None:

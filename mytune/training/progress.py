@@ -38,7 +38,7 @@ class _Handler(logging.Handler):
     """Writes to stderr without tearing a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(BrokenPipeError):  # nobody reads it any more: no reason to stop training
+        with suppress(OSError):  # nobody reads it, or its disk is full: no reason to stop training
             tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
 
@@ -101,7 +101,7 @@ class ProgressBar:
         spent, rest = tqdm.format_interval(elapsed), tqdm.format_interval(left)
         # The first step warms up: what it took says nothing of those to come.
         rest = "" if step == self.done + 1 else f", {rest} left"
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             print(
                 f"step {step}/{self.total} ({step / self.total:.0%})  loss {loss:.4f}  "
                 f"{tokens_per_second:,.0f} tokens/s  {spent} elapsed{rest}",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mytune.errors import DirectoryInUseError
+from mytune.errors import DirectoryInUseError, ResourceError
 from mytune.training.checkpointing.publish import MANIFEST, candidates, clean_up, remove
 from mytune.training.disk import writing
 from mytune.training.distributed import barrier, rank
@@ -22,6 +22,7 @@ log = logging.getLogger("mytune")
 
 LOCK = ".mytune.lock"
 _RESULTS = ("metrics.jsonl", "summary.json")
+_FILES = (*_RESULTS, "config.yaml", "loss_curve.png")
 # A link in a folder that came from elsewhere could lead to any file.
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -103,7 +104,7 @@ def _identity() -> dict[str, Any]:
 def _owner(descriptor: int) -> dict[str, Any]:
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 
@@ -136,8 +137,14 @@ def refuse_other_run(
 
     Raises:
         DirectoryInUseError: there are results, and neither `resume` nor `overwrite` is set.
+        ResourceError: a folder stands where the run will write a file.
     """
     directory = Path(path)
+    if taken := [name for name in _FILES if (directory / name).is_dir()]:
+        raise ResourceError(
+            f"output_dir: {directory / taken[0]} is a folder, and a file of this run would have "
+            "that name; choose another output_dir"
+        )
     checkpoints, files = _results(directory)
     if rank() != 0 or resume or not (checkpoints or files):
         return

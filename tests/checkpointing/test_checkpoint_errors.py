@@ -70,7 +70,9 @@ def test_an_adapter_in_the_place_of_a_model_is_told(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b", ""])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "a/../../b", "", "a" * 5000, "\ud800"]
+)
 def test_an_index_cannot_name_files_elsewhere(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret.safetensors").touch()
     folder = tmp_path / "hf"
@@ -164,7 +166,11 @@ def _legacy(file: Path) -> None:
     file.write_bytes(pickle.dumps({"a": 1}))
 
 
-@pytest.mark.parametrize("write", [_compressed, _overlapping, _legacy])
+def _empty(path: Path) -> None:
+    path.write_bytes(b"PK\5\6" + bytes(18))
+
+
+@pytest.mark.parametrize("write", [_compressed, _overlapping, _legacy, _empty])
 def test_zip_files_that_are_not_torchs_are_refused(write: Any, tmp_path: Path) -> None:
     write(tmp_path / "consolidated.00.pth")
     with pytest.raises(CheckpointError, match=r"not stored plainly|not a file that torch\.save"):

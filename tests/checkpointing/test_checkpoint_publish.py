@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import time
@@ -121,9 +122,12 @@ def test_a_missing_manifest_or_file_makes_resume_fall_back_with_a_warning(
     run.save("step_1", 1)
     (run.save("step_2", 2) / "MANIFEST.json").unlink()
     (run.save("step_3", 3) / "config.json").unlink()
+    manifest = run.save("step_4", 4) / "MANIFEST.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": ["hf"]}))
     found = run.checkpointer.latest()
     assert found is not None and found.step == 1
     assert "step_2: " in caplog.text and "step_3: config.json is missing" in caplog.text
+    assert "step_4: its format is ['hf']" in caplog.text
 
 
 def test_when_no_checkpoint_is_usable_all_are_named(run: Run) -> None:

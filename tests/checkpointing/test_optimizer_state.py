@@ -174,6 +174,25 @@ def test_a_checkpoint_cannot_name_other_classes() -> None:
         load_optimizer_state(net, optimizer, {}, said)
 
 
+@pytest.mark.parametrize("shape", [(3,), (1,), ()])
+@pytest.mark.parametrize("key", ["exp_avg", "step"])
+def test_state_of_another_shape_never_reaches_a_kernel(key: str, shape: tuple[int, ...]) -> None:
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    train(net, optimizer, 1)
+    tensors, said = optimizer_state(net, optimizer)
+    damaged = {**tensors, f"optimizer/0.weight/{key}": torch.zeros(shape)}
+    if (key, shape) == ("step", ()):
+        return load_optimizer_state(net, optimizer, damaged, said)
+    with pytest.raises(
+        CheckpointError, match=rf"{key} of 0.weight has the shape \[.*\] is expected"
+    ):
+        load_optimizer_state(net, optimizer, damaged, said)
+    del damaged[f"optimizer/0.weight/{key}"]
+    with pytest.raises(CheckpointError, match=rf"state lacks 'optimizer/0.weight/{key}'"):
+        load_optimizer_state(net, optimizer, damaged, said)
+
+
 def test_another_optimizer_or_other_parameters_are_refused() -> None:
     net = model()
     saved = optimizer_state(net, torch.optim.AdamW(net.parameters()))

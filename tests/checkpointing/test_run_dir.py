@@ -13,7 +13,7 @@ import pytest
 
 from mytune.errors import DirectoryInUseError, ResourceError
 from mytune.training import run_dir
-from mytune.training.disk import check_disk_space
+from mytune.training.disk import check_disk_space, write_atomic
 from mytune.training.run_dir import (
     LOCK,
     output_dir_lock,
@@ -119,6 +119,19 @@ def test_results_of_another_run_are_not_mixed_with(tmp_path: Path) -> None:
     assert (tmp_path / "epoch_0").is_dir()  # removed only once the new run is sure to start
     remove_other_run(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "epoch_3"}
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "loss_curve.png").mkdir()
+    with pytest.raises(ResourceError, match=r"loss_curve\.png is a folder"):
+        refuse_other_run(tmp_path, resume=True, overwrite=False)
+
+
+def test_a_file_that_cannot_be_replaced_leaves_no_draft(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(ResourceError, match=r"cannot write in .*config\.yaml"):
+        write_atomic(tmp_path / "config.yaml", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_overwriting_does_not_remove_what_the_run_reads(tmp_path: Path) -> None:

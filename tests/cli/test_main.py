@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,22 @@ def test_a_pipe_closed_by_its_reader_is_quiet():
     process.stdout = None
     code, _, err = finish(process)
     assert (code, err) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code"),
+    [("2>&-", 0), (">&-", 0), ("<&-", 0), (">&- 2>&-", 0), ("2>/dev/full", 0), (">/dev/full", 5)],
+)
+def test_streams_that_are_closed_or_full(redirected, code, tmp_path):
+    command = f"{sys.executable} -m mytune ls {redirected}"
+    assert subprocess.run(command, shell=True, capture_output=True).returncode == code
+
+
+def test_what_a_stream_cannot_write_is_escaped():
+    code = "import sys; from mytune.cli.report import *; open_streams(); print('Größe 日')"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
+    assert done.stdout == rb"Gr\xf6\xdfe \u65e5" + b"\n"
 
 
 def test_a_broken_pipe_elsewhere_is_not_silent(capsys):

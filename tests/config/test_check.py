@@ -124,6 +124,27 @@ def test_missing_files_of_our_components_are_told(
 
 
 @pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("source: null", "None is not str | list[str]"),
+        ("source: [1]", "[1] is not str | list[str]"),
+        ("column_map: [input]", "['input'] is not dict[str, str] | None"),
+        ("column_map: {input: 1}", "{'input': 1} is not dict[str, str] | None"),
+        ("filter_fn: short", "'short' is not Callable[[dict[str, Any]], bool] | None"),
+        ("column_map: {input: a, output: b}", None),
+        ("filter_fn: {_component_: mytune.datasets.AlpacaToMessages}", None),
+    ],
+)
+def test_arguments_of_our_components_have_their_types(load: Load, argument: str, told: str) -> None:
+    source = "" if argument.startswith("source") else "source: json, "
+    dataset = f"{{_component_: mytune.datasets.instruct_dataset, {source}{argument}}}"
+    problems = check_components(load(yaml=f"{CONFIG}dataset: {dataset}\n"), files=False)
+    assert [each.partition(": dataset.")[2].partition(": ")[2] for each in problems] == (
+        [told] if told else []
+    )
+
+
+@pytest.mark.parametrize(
     ("arguments", "missing"),
     [
         ("source: no.jsonl", 1),

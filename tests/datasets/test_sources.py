@@ -72,6 +72,12 @@ def test_an_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch):
         assert values(str(tmp_path / "rows.json")) == ROWS
 
 
+def test_what_follows_an_array_is_not_lost_silently(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"text": "a"}] {"text": "b"}')
+    with pytest.raises(DataError, match="after the array follows"):
+        values(str(tmp_path / "rows.json"))
+
+
 @pytest.mark.parametrize(
     ("sample_by", "expected"),
     [

@@ -156,6 +156,7 @@ WRONG = {
     "vocab_size is 1000": {"vocab_size": 10**19},
     "norm_eps is '1e-5'": {"rms_norm_eps": "1e-5"},
     "rope_base is -1": {"rope_theta": -1},
+    "rope_base is 1000000": {"rope_theta": 10**30},
     "rope_scaling.factor is 0": {"rope_scaling": SCALING | {"factor": 0}},
     "high_freq_factor is not above": {"rope_scaling": SCALING | {"high_freq_factor": 1}},
     "tie_word_embeddings is 'false'": {"tie_word_embeddings": "false"},

@@ -122,8 +122,9 @@ def inside(directory: Path, name: str) -> Path:
     to the blobs beside it (`snapshots/<revision>/config.json -> ../../blobs/<hash>`).
     """
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-        raise CheckpointError(f"{name!r} is not the name of a file inside {directory}")
+    wrong = not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name
+    if wrong or not all(_can_be_named(part) for part in parts):
+        raise CheckpointError(f"{name[:200]!r} is not the name of a file inside {directory}")
     path = directory.joinpath(*parts)
     home, real = directory.resolve(), path.resolve()
     blobs = home.parent.parent / "blobs"
@@ -136,6 +137,13 @@ def inside(directory: Path, name: str) -> Path:
             "give the directory that holds the file, or copy the file here"
         )
     return path
+
+
+def _can_be_named(part: str) -> bool:
+    try:
+        return len(os.fsencode(part)) <= 255
+    except UnicodeEncodeError:
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,6 +24,12 @@ log = logging.getLogger("mytune")
 # How a step is computed, not what: these stay as the config of the resumed run has them.
 _IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}
 _PLAIN = (type(None), bool, int, float, str)
+# What torch's optimizers and bitsandbytes' keep for each number of a parameter. Their kernels
+# believe that it has the parameter's shape.
+_SHAPED = (
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "state1", "state2"),
+    *("square_avg", "grad_avg", "acc_delta", "sum", "ax", "prev", "step_size"),
+)
 
 
 def optimizer_state(
@@ -64,7 +70,7 @@ def load_optimizer_state(
     """Put a saved state into a fresh optimizer over the same parameters.
 
     Raises:
-        CheckpointError: it was saved by another optimizer, or for other parameters.
+        CheckpointError: it was saved by another optimizer, or for other parameters, or is damaged.
     """
     owned = _owned(model, optimizer)
     names = {parameter: name for name, (parameter, _) in owned.items()}
@@ -78,10 +84,25 @@ def load_optimizer_state(
         _take_settings(group, settings)
         for name in set(saved["params"]) & said["state"].keys():
             parameter, states = owned[name]
-            states[parameter] = {
-                key: _decode(value, _reader(tensors, parameter, key, group, optimizer))
-                for key, value in said["state"][name].items()
-            }
+            try:
+                states[parameter] = {
+                    key: _decode(value, _reader(tensors, parameter, key, group, optimizer))
+                    for key, value in said["state"][name].items()
+                }
+            except KeyError as error:
+                raise CheckpointError(f"the optimizer's state lacks {error}") from error
+            _demand_shapes(name, parameter, states[parameter])
+
+
+def _demand_shapes(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
+    for key, value in state.items():
+        shapes = {"step": torch.Size(), **dict.fromkeys(_SHAPED, parameter.shape)}
+        expected = shapes.get(key)
+        if isinstance(value, Tensor) and expected is not None and value.shape != expected:
+            raise CheckpointError(
+                f"the optimizer's {key} of {name} has the shape {list(value.shape)}; "
+                f"{list(expected)} is expected: the checkpoint is damaged"
+            )
 
 
 def _owned(

@@ -48,7 +48,9 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-    except (zipfile.BadZipFile, OSError) as error:
+        if not members:
+            raise ValueError("it is empty")
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as error:
         raise CheckpointError(
             f"{path} is not a file that torch.save of PyTorch 1.6 or newer wrote: {error}"
         ) from error

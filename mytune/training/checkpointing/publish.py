@@ -154,7 +154,9 @@ def _put_in_place(draft: Path, target: Path) -> None:
         if aside.exists():
             os.rename(aside, target)
         raise
-    if ours:
+    if ours and aside.is_symlink():
+        aside.unlink()  # what it leads to stays
+    elif ours:
         shutil.rmtree(aside, ignore_errors=True)
     elif aside.exists():
         log.warning("%s was there before and is not mytune's: it is now %s", target, aside.name)

@@ -39,7 +39,10 @@ def is_quantized_file(file: Mapping[str, Tensor]) -> bool:
 def stored_quantizer(directory: Path) -> dict[str, Any] | None:
     """Return the config of torchao's that a directory was quantized with, as JSON."""
     file = directory / QUANTIZATION
-    return read_json(file).get("config") if file.is_file() else None
+    said = read_json(file).get("config") if file.is_file() else None
+    if not isinstance(said, dict | None):
+        raise CheckpointError(f"{file}: its config is {said!r}, not an object")
+    return said
 
 
 def read_quantized(

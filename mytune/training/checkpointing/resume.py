@@ -71,7 +71,7 @@ def latest(output_dir: Path, name: str | None = None) -> Published | None:
         raise CheckpointError(f"recipe_checkpoint: {output_dir} has no checkpoint {name}")
     skipped = []
     for path in sorted(found, key=_is_readable):
-        problems = verify(path)
+        problems = verify(path) or _unknown_format(path)
         if not problems and not (path / STATE).is_file():
             problems = ["it was saved without what a run needs to go on"]
         if not problems:
@@ -85,6 +85,11 @@ def latest(output_dir: Path, name: str | None = None) -> Published | None:
             skipped,
         )
     return None
+
+
+def _unknown_format(path: Path) -> list[str]:
+    said = read_manifest(path).get("format")
+    return [] if said in [fmt.name for fmt in FORMATS] else [f"its format is {said!r}"]
 
 
 def _is_readable(path: Path) -> bool:

@@ -61,10 +61,12 @@ def find_files(
         saved = _published(fmt, names, [directory, *([output_dir] if output_dir else [])])
         if saved:
             return saved
-        present = [path.name for path in directory.iterdir()]
+        present = [path.name for path in directory.iterdir() if path.is_file()]
+        first = shortened([path.name for path in missing])
+        told = [f"{name}{did_you_mean(name, present)}" for name in first]
         raise CheckpointError(
             f"checkpoint_files: {len(missing)} of {len(paths)} are not in {directory}",
-            [f"{p.name}{did_you_mean(p.name, present)}" for p in missing] + _hints(directory),
+            told + _hints(directory),
         )
     return paths
 
