@@ -21,7 +21,7 @@ from mytune.config import Component, component, instantiate
 from mytune.errors import CONTROL, ConfigError
 from mytune.generation import (
     Decoding,
-    Memory,
+    PromptCache,
     Sampling,
     TextStream,
     can_compile,
@@ -124,11 +124,11 @@ def main(cfg: Config) -> int:
         first = "the first tokens take a while"
         left = "left out: on a CPU it is for quantized weights, and not for all of them"
         log.info("compile: %s", first if can_compile(model) else left)
-    memory = Memory(model, length, compile=cfg.compile)
+    cache = PromptCache(model, length, compile=cfg.compile)
     settings = {"max_new_tokens": cfg.max_new_tokens, "generator": generator, **sampling}
     log.info("Type a message, or /help.")
     try:
-        talk(turns, Speaker(model, tokenizer, memory, settings))
+        talk(turns, Speaker(model, tokenizer, cache, settings))
     except KeyboardInterrupt:
         print()
         return 130
@@ -157,7 +157,7 @@ class Speaker:
 
     model: Decoder
     tokenizer: ModelTokenizer
-    memory: Memory
+    cache: PromptCache
     settings: dict[str, Any]
 
 
@@ -219,7 +219,7 @@ def tokenize(turns: list[Message], tokenizer: ModelTokenizer) -> list[int]:
 
 def fits(turns: list[Message], speaker: Speaker) -> bool:
     """Say whether turns leave room for an answer, and tell it if they do not."""
-    tokens, room = len(tokenize(turns, speaker.tokenizer)), speaker.memory.length
+    tokens, room = len(tokenize(turns, speaker.tokenizer)), speaker.cache.length
     if tokens >= room:
         say(f"too long: {tokens} tokens of {room} that there is room for")
     return tokens < room
@@ -234,7 +234,7 @@ def answer(turns: list[Message], speaker: Speaker) -> None:
     prompt = make_room(turns, speaker)
     stops = speaker.tokenizer.stop_tokens
     decoding = Decoding(
-        speaker.model, [prompt], stop_tokens=stops, memory=speaker.memory, **speaker.settings
+        speaker.model, [prompt], stop_tokens=stops, prompt_cache=speaker.cache, **speaker.settings
     )
     stream, text, note = TextStream(speaker.tokenizer.stream_decoder()), "", ""
     try:
@@ -268,7 +268,7 @@ def show(text: str) -> str:
 
 def make_room(turns: list[Message], speaker: Speaker) -> list[int]:
     """Return the conversation's ids; forget its oldest turns while the answer may not fit."""
-    length = speaker.memory.length
+    length = speaker.cache.length
     answer = min(speaker.settings["max_new_tokens"], length // 4)
     prompt = tokenize(turns, speaker.tokenizer)
     while len(prompt) + answer > length and sum(turn.role == "user" for turn in turns) > 1:

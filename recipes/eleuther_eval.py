@@ -42,7 +42,7 @@ from mytune.training import (
     get_dtype,
     load_for_inference,
     log,
-    memory_stats,
+    peak_memory_gb,
     process_group,
     rank,
     set_deterministic,
@@ -210,9 +210,7 @@ def measure(
         seed=cfg.seed,
     )
     log.info("Eval completed in %.2f seconds.", time.perf_counter() - started)
-    memory = memory_stats(device)
-    used = max((memory[name] for name in memory if name.endswith(("alloc", "rss"))), default=0.0)
-    log.info("Max memory allocated: %.2f GB", used * 2**30 / 1e9)
+    log.info("Max memory allocated: %.2f GB", peak_memory_gb(device))
     return results
 
 

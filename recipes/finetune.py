@@ -501,7 +501,7 @@ def settle(
 
 def what_would_fit(cfg: Config, device: torch.device, seq_len: int | None) -> str:
     """Return what to type so that the run fits: settings that need less, else more devices."""
-    if cfg.ac_mode == "auto":  # has recomputed all, and found that it does not do
+    if cfg.ac_mode == "auto":  # it has tried to recompute all
         cfg = replace(cfg, ac_mode="full")
     for words, smaller in smaller_settings(cfg):
         if plan_run(smaller, device, seq_len)[2].fits:

@@ -44,7 +44,7 @@ from mytune.training import (
     get_dtype,
     load_for_inference,
     log,
-    memory_stats,
+    peak_memory_gb,
     set_deterministic,
     set_seed,
     setup_logging,
@@ -343,6 +343,4 @@ def report(tokens: int, seconds: float, bytes_read: int | None, device: torch.de
     log.info("Time for inference: %.2f sec total, %.2f tokens/sec", seconds, tokens / seconds)
     if bytes_read is not None:
         log.info("Bandwidth achieved: %.2f GB/s", bytes_read * tokens / seconds / 1e9)
-    memory = memory_stats(device)
-    used = max((memory[name] for name in memory if name.endswith(("alloc", "rss"))), default=0.0)
-    log.info("Memory used: %.2f GB", used * 2**30 / 1e9)
+    log.info("Memory used: %.2f GB", peak_memory_gb(device))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mytune.config import Component, instantiate
 from mytune.errors import ConfigError, DataError, DirectoryInUseError, NumericalError
-from mytune.generation import Memory, generate, pack_linears
+from mytune.generation import PromptCache, generate, pack_linears
 from mytune.modules import Decoder, LinearCrossEntropyLoss
 from mytune.quantization import check_quantizer, stored_bytes
 from mytune.tokenizers import check_vocabulary
@@ -207,9 +207,9 @@ def decode_speed(model: Decoder, count: int, compile: bool) -> float | None:
     if count < 1:
         return None
     # One, as a CUDA graph is recorded for it.
-    memory = Memory(model, len(prompt) + count + 1, compile)
-    list(generate(model, prompt, max_new_tokens=min(count, 8), memory=memory))  # warm up
-    tokens = generate(model, prompt, max_new_tokens=count + 1, memory=memory)
+    cache = PromptCache(model, len(prompt) + count + 1, compile)
+    list(generate(model, prompt, max_new_tokens=min(count, 8), prompt_cache=cache))  # warm up
+    tokens = generate(model, prompt, max_new_tokens=count + 1, prompt_cache=cache)
     next(tokens)
     started = time.perf_counter()
     decoded = len(list(islice(tokens, count)))

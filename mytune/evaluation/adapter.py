@@ -111,7 +111,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """Return each continuation's log-likelihood, and whether greedy decoding gives it."""
+        """Return each continuation's log-likelihood, and whether greedy decoding gives it.
+
+        Here only to say that no bar is shown while texts are tokenized.
+        """
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
         return scores
 

@@ -2,7 +2,7 @@
 
 from mytune.generation.generate import (
     Decoding,
-    Memory,
+    PromptCache,
     Row,
     check_prompt,
     generate,
@@ -17,7 +17,7 @@ __all__ = [
     "Completion",
     "Decoding",
     "KVCache",
-    "Memory",
+    "PromptCache",
     "Row",
     "Sampling",
     "TextStream",

@@ -39,7 +39,7 @@ def check_prompt(prompt_ids: Sequence[int], config: DecoderConfig) -> None:
         )
 
 
-class Memory:
+class PromptCache:
     """What one row's reader has read, kept from prompt to prompt: only what is new is read.
 
     Args:
@@ -102,7 +102,7 @@ class Decoding:
         enable_kv_cache: keep keys and values; if not, every token reads the whole text again.
         compile: compile the step for one token per row, if `can_compile`; takes a while, worth it
             for many steps.
-        memory: what is known of a single prompt, and is to be kept for the next one.
+        prompt_cache: what is known of a single prompt, and is to be kept for the next one.
         sampling: see `sample`; greedy if nothing is given.
 
     Raises:
@@ -122,36 +122,38 @@ class Decoding:
         generator: torch.Generator | None = None,
         enable_kv_cache: bool = True,
         compile: bool = False,
-        memory: Memory | None = None,
+        prompt_cache: PromptCache | None = None,
         **sampling: Unpack[Sampling],
     ) -> None:
         for prompt in prompts:
             check_prompt(prompt, model.config)
-        if memory and len(prompts) * num_samples != 1:
-            raise ConfigError("a memory is of one row: give it one prompt, and num_samples=1")
-        if memory and len(prompts[0]) >= memory.length:
+        if prompt_cache and len(prompts) * num_samples != 1:
+            raise ConfigError("a prompt cache is of one row: give it one prompt, and num_samples=1")
+        if prompt_cache and len(prompts[0]) >= prompt_cache.length:
             raise ConfigError(
                 f"the prompt has {len(prompts[0])} tokens, which leaves no room for another one in "
-                f"the KV cache's {memory.length} positions"
+                f"the KV cache's {prompt_cache.length} positions"
             )
         check_sampling(**sampling)
-        positions = min(model.config.max_seq_len, memory.length if memory else sys.maxsize)
+        positions = min(
+            model.config.max_seq_len, prompt_cache.length if prompt_cache else sys.maxsize
+        )
         limits = _limits(prompts, max_new_tokens, positions)
         if num_samples < 1:
             raise ConfigError(f"num_samples is {num_samples}; it must be at least 1")
         self.rows = [Row(limit) for limit in limits for _ in range(num_samples)]
         self._stop_tokens, self._logprobs = frozenset(stop_tokens), logprobs
-        self._memory, self._samples, self._begun = memory, num_samples, False
+        self._prompt_cache, self._samples, self._begun = prompt_cache, num_samples, False
         self._trees: list[Tree] = []
         if not prompts:
             return
         device = model.device
-        known = memory.recall(prompts[0]) if memory else 0
+        known = prompt_cache.recall(prompts[0]) if prompt_cache else 0
         self._tokens, pads = _left_padded([prompt[known:] for prompt in prompts], device)
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
         self._choose = Sampler(repeated, model.config.vocab_size, device, generator, sampling)
-        if memory:
-            self._reader: CachedReader | UncachedReader = memory.reader
+        if prompt_cache:
+            self._reader: CachedReader | UncachedReader = prompt_cache.reader
         elif enable_kv_cache:
             length = self._tokens.shape[1] + max(limits)
             before = [prompt[:-1] for prompt in prompts]  # the last token's logits are to come
@@ -221,8 +223,8 @@ class Decoding:
         row.tokens.append(token)
         if logprob is not None:
             row.logprobs.append(logprob)
-        if self._memory:
-            self._memory.ids.append(token)  # as soon as it is read, if it is
+        if self._prompt_cache:
+            self._prompt_cache.ids.append(token)  # as soon as it is read, if it is
         return token
 
 
@@ -235,7 +237,7 @@ def generate(
     generator: torch.Generator | None = None,
     enable_kv_cache: bool = True,
     compile: bool = False,
-    memory: Memory | None = None,
+    prompt_cache: PromptCache | None = None,
     **sampling: Unpack[Sampling],
 ) -> Iterator[int]:
     """Return an iterator over the tokens that continue a prompt, each made when it is asked for.
@@ -251,7 +253,7 @@ def generate(
         generator=generator,
         enable_kv_cache=enable_kv_cache,
         compile=compile,
-        memory=memory,
+        prompt_cache=prompt_cache,
         **sampling,
     )
     return (token for step in decoding for token in step if token is not None)

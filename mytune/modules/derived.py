@@ -26,9 +26,9 @@ class Derived(NamedTuple):
 
 
 class _Once:
-    """A `make` for the backward pass, whose value stays: all that need it make it once.
+    """A `make` for the backward pass that makes its value once, for all that need it.
 
-    Those are the projections that share the input, and then the step itself.
+    Those are the projections that share an input, and then the gradient of `make` itself.
     """
 
     def __init__(self, make: Callable[..., Tensor], needs: Sequence[bool]) -> None:

@@ -37,6 +37,7 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
+        """What the update is multiplied with."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
@@ -104,7 +105,7 @@ _ADAPTED: dict[type[nn.Module], type[_LoRA]] = {nn.Linear: LoRALinear, NF4Linear
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """Return the full-precision weight [out, in] of a linear, dequantized and gathered if so."""
+    """Return the full-precision weight [out, in] of a linear, even if quantized or sharded."""
     if isinstance(module, NF4Linear):
         return module.dequantize()
     assert isinstance(module.weight, Tensor)

@@ -46,9 +46,9 @@ def inner_tensors(tensor: Tensor) -> dict[str, Tensor]:
 def numbers_and_scale(
     tensor: Tensor, kinds: Collection[str], with_inputs: bool = False
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the numbers [n, m] and scale [n] that a tensor of one of these kinds is, if all it is.
+    """Return the numbers [n, m] and the scale [n] of their rows that make up a tensor.
 
-    None where groups of a row have scales of their own.
+    None for one that is made up otherwise, such as with scales for groups in a row.
 
     Args:
         kinds: names of torchao's classes.

@@ -20,7 +20,7 @@ __all__, __getattr__ = lazy_names(
             "get_constant_schedule_with_warmup get_cosine_schedule_with_warmup "
             "get_linear_schedule_with_warmup get_lr"
         ),
-        "memory": "memory_stats reset_peak_memory",
+        "memory": "memory_stats peak_memory_gb reset_peak_memory",
         "metric_logging": (
             "CometLogger DiskLogger MetricLogger MetricLoggers MLFlowLogger read_metrics "
             "StdoutLogger TensorBoardLogger WandBLogger"

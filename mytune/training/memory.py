@@ -33,6 +33,12 @@ def memory_stats(device: torch.device) -> dict[str, float]:
     return {name: size / 2**30 for name, size in sizes.items() if size}
 
 
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the most memory that the run held, in GB of 10^9 bytes; 0 if nothing tells it."""
+    used = [n for name, n in memory_stats(device).items() if name.endswith(("alloc", "rss"))]
+    return max(used, default=0.0) * 2**30 / 1e9
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start the peaks anew, where the device or the system can."""
     if device.type in ("cuda", "xpu"):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mytune.quantization
-from mytune.generation import Memory, generate, pack_linears
+from mytune.generation import PromptCache, generate, pack_linears
 from mytune.models.llama3 import llama3
 from mytune.modules.decoder import Decoder, DecoderConfig
 from mytune.quantization import dequantize_nf4, quantize_nf4
@@ -43,7 +43,7 @@ def decode(weights: str, keys: dict[str, Any], copy_rate: float) -> Row:
 
     Args:
         weights: bf16, or the name of a quantizer.
-        keys: more for `Memory`.
+        keys: more for `PromptCache`.
         copy_rate: bytes per second of the device's memory.
     """
     model = random_model(SIZES).requires_grad_(False)
@@ -51,9 +51,9 @@ def decode(weights: str, keys: dict[str, Any], copy_rate: float) -> Row:
         getattr(mytune.quantization, weights)().quantize(model)
     read = sum(stored_bytes(p) for n, p in model.named_parameters() if "embed" not in n)
     pack_linears(model)
-    memory, spent = Memory(model, 65 + NEW_TOKENS, **keys), []
+    cache, spent = PromptCache(model, 65 + NEW_TOKENS, **keys), []
     for _ in range(3):  # the first one compiles and records
-        tokens = generate(model, range(3, 67), max_new_tokens=1 + NEW_TOKENS, memory=memory)
+        tokens = generate(model, range(3, 67), max_new_tokens=1 + NEW_TOKENS, prompt_cache=cache)
         next(tokens)
         wait()
         start = time.perf_counter()

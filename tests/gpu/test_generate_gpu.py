@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from mytune import quantization
-from mytune.generation import KVCache, Memory, generate, generate_batch, pack_linears
+from mytune.generation import KVCache, PromptCache, generate, generate_batch, pack_linears
 from mytune.generation.reading import CachedReader, StaticReader
 from mytune.generation.row_linear import RowLinear
 from mytune.models.llama3_2 import llama3_2_1b
@@ -63,11 +63,11 @@ def test_a_seed_repeats_samples(model):
 
 
 def test_a_conversation_goes_on_with_its_graph(model):
-    memory, prompt = Memory(model, 256), [1, 5, 9]
+    cache, prompt = PromptCache(model, 256), [1, 5, 9]
     for question in ([20, 21], [30], [40, 41, 42]):
         prompt = prompt + question
         expected = list(generate(model, prompt, max_new_tokens=12))
-        assert list(generate(model, prompt, max_new_tokens=12, memory=memory)) == expected
+        assert list(generate(model, prompt, max_new_tokens=12, prompt_cache=cache)) == expected
         prompt += expected
 
 
@@ -141,8 +141,8 @@ def test_tokens_per_second_of_a_1b_model(compile, capsys):
     with torch.device("cuda"):
         model = llama3_2_1b().to(torch.bfloat16).eval()
     pack_linears(model)
-    memory, prompt = Memory(model, 1024, compile=compile), list(range(1, 65))
-    settings = {"max_new_tokens": 256, "memory": memory}
+    cache, prompt = PromptCache(model, 1024, compile=compile), list(range(1, 65))
+    settings = {"max_new_tokens": 256, "prompt_cache": cache}
     list(generate(model, prompt, **settings))
     torch.cuda.synchronize()
     start = time.perf_counter()

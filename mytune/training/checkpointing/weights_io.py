@@ -106,19 +106,25 @@ def write_weights(draft: Draft, plan: Plan, weights: Mapping[str, Tensor]) -> No
     if lacking:
         raise CheckpointError("the weights to save lack tensors of the model", lacking)
     for files in plan.files:
-        with ExitStack() as stack:
-            writers = [
-                stack.enter_context(files.kind(draft.target(name), files.specs))
-                for name in files.names
-            ]
-            for key in writers[0].order:
-                parts = _parts(plan, files, key, weights)
-                for writer, part in zip(writers, parts, strict=True):
-                    writer.add(part)
-        for name, writer in zip(files.names, writers, strict=True):
-            draft.records[name] = writer.record
+        _write_group(draft, plan, files, weights)
     if plan.index:
         draft.add_bytes(plan.index, _index(plan))
+
+
+def _write_group(
+    draft: Draft, plan: Plan, files: PlannedFiles, weights: Mapping[str, Tensor]
+) -> None:
+    """Write files whose tensors are parts of the same ones, side by side."""
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(files.kind(draft.target(name), files.specs)) for name in files.names
+        ]
+        for key in writers[0].order:
+            parts = _parts(plan, files, key, weights)
+            for writer, part in zip(writers, parts, strict=True):
+                writer.add(part)
+    for name, writer in zip(files.names, writers, strict=True):
+        draft.records[name] = writer.record
 
 
 def _parts(

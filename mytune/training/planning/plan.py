@@ -62,6 +62,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
+        """Bytes at the peak, with what Python, torch and the device's libraries take."""
         return self.peak + self.reserve
 
     @property
@@ -175,7 +176,7 @@ def fewest_recomputed_blocks(
 
 
 def fewest_ranks(model: Decoder, loss_fn: Loss, settings: StepSettings, memory: int) -> int | None:
-    """Return how many ranks must share the model so that a step fits; None if 1024 do not do.
+    """Return how many ranks must share the model so that a step fits; None if 1024 are too few.
 
     Only powers of two are tried, as devices come in these.
     """

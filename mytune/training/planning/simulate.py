@@ -73,11 +73,12 @@ class StepSettings:
 
     @property
     def accumulates(self) -> bool:
+        """Whether gradients of several micro-batches are summed."""
         return self.gradient_accumulation_steps > 1
 
 
 class Peak(NamedTuple):
-    """Bytes by part when all are largest together, the phase it is in, and each part's own most."""
+    """When a step holds most: bytes of each part, the phase; and the most that each part takes."""
 
     parts: dict[str, int]
     moment: str
