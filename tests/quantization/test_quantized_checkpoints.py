@@ -228,12 +228,19 @@ def unknown_attribute(tensors, metadata):
     metadata[f"{Q}.weight"] = json.dumps(said)
 
 
+def no_rounding(tensors, metadata):
+    said = json.loads(metadata[f"{Q}.weight"])
+    said["_data"]["act_quant_kwargs"] = 5
+    metadata[f"{Q}.weight"] = json.dumps(said)
+
+
 DAMAGE = {
     renamed: rf"2 quantized tensors.*missing {Q}._weight_qdata.*unexpected {Q}._weight_quark",
     reshaped: r"mismatched layers.0.attn.q_proj.weight: expected \[64, 64\], found \[32, 64\]",
     no_json: "metadata is damaged",
     another_class: "damaged.*'AffineQuantizedTensor' is none of Int8Tensor",
     no_dtype: "damaged.*'load' is no dtype",
+    no_rounding: "damaged.*act_quant_kwargs is 5",
     unknown_attribute: "damaged.*Failed to create instance of Int8Tensor",
 }
 
