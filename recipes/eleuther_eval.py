@@ -93,6 +93,8 @@ class Config:
     enable_kv_cache: bool = True
     # Quantize the loaded weights (the base too); null for a checkpoint that is quantized already.
     quantizer: Component | None = None
+    # Write every document with its answers and scores, too, to evaluation_samples.jsonl.
+    log_samples: bool = False
     # Of examples that are drawn and of generation that samples.
     seed: int = 1234
 
@@ -208,6 +210,7 @@ def measure(
         fewshot_as_multiturn=cfg.fewshot_as_multiturn,
         system_instruction=cfg.system_instruction,
         seed=cfg.seed,
+        log_samples=cfg.log_samples,
     )
     log.info("Eval completed in %.2f seconds.", time.perf_counter() - started)
     log.info("Max memory allocated: %.2f GB", peak_memory_gb(device))

@@ -36,6 +36,7 @@ def evaluate(
     system_instruction: str | None = None,
     seed: int = 1234,
     bootstrap_iters: int = 100_000,
+    log_samples: bool = False,
     stop: StopSignal | None = None,
 ) -> Results:
     """Return the harness's results: `results` by task and metric, `versions`, `n-shot` and more.
@@ -55,6 +56,7 @@ def evaluate(
         system_instruction: a system message, or a text before all else.
         seed: of few-shot examples that are drawn, and of generation that samples.
         bootstrap_iters: of standard errors without a formula; 0 leaves them out.
+        log_samples: return `samples` too: of each task every document, its answers and its scores.
         stop: ends the evaluation, between two batches.
 
     Raises:
@@ -85,7 +87,7 @@ def evaluate(
                 tasks,
                 limit=limit,
                 bootstrap_iters=0 if rank() else bootstrap_iters,
-                log_samples=False,
+                log_samples=log_samples,
                 system_instruction=system_instruction,
                 apply_chat_template=bool(chat_template),
                 fewshot_as_multiturn=fewshot_as_multiturn,

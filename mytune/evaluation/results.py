@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mytune.training.distributed import rank
 log = logging.getLogger("mytune")
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
+SAMPLES = "evaluation_samples.jsonl"
 # Keys of the recipe that change scores, and that the harness's results do not tell.
 _SETTINGS = (
     "chat_template fewshot_as_multiturn system_instruction max_seq_length dtype seed".split()
@@ -131,7 +132,8 @@ def write_results(
 ) -> dict[str, Path]:
     """Write `evaluation.json` and `evaluation.md`, on rank 0 only; return their paths by name.
 
-    Those of earlier runs stay, under names with a number.
+    If there are samples, `evaluation_samples.jsonl` has them, one to a line. Files of earlier runs
+    stay, under names with a number.
 
     Args:
         config: YAML of the recipe's config, to be kept with the results.
@@ -146,6 +148,8 @@ def write_results(
     kept = {name: results[name] for name in _KEPT if name in results}
     held = {**kept, "base": base and base["results"], "config": config, "software": software}
     written = {"results": folder / JSON, "summary": folder / MARKDOWN}
+    if "samples" in results:
+        written["samples"] = folder / SAMPLES
     text = json.dumps(held, indent=2, ensure_ascii=False, default=float)
     if not again:
         _keep(written.values())
@@ -156,7 +160,16 @@ def write_results(
     told = ", ".join(f"{name} {number}" for name, number in software.items())
     parts += ["## Config", f"```yaml\n{config.strip()}\n```", f"Made with {told}."]
     write_atomic(written["summary"], ("\n\n".join(parts) + "\n").encode())
+    if "samples" in results:
+        write_atomic(written["samples"], "".join(_lines(results["samples"])).encode())
     return written
+
+
+def _lines(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    for task, documents in samples.items():
+        for document in documents:
+            said = {"task": task, **document}
+            yield json.dumps(said, ensure_ascii=False, default=str) + "\n"
 
 
 def _keep(files: Iterable[Path]) -> None:

@@ -216,6 +216,18 @@ def test_what_is_compared_and_was_measured_otherwise_is_told(tune, tmp_path):
     assert f"compare={tmp_path / 'results' / 'evaluation.json'}" in err
 
 
+def test_documents_and_answers_can_be_looked_at(tune, tmp_path):
+    results, _, err = tune("tasks=[choice,rolling]", "log_samples=true", "limit=3")
+    file = tmp_path / "out" / "evaluation_samples.jsonl"
+    assert f"samples: {file}" in err
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["choice"] * 3 + ["rolling"] * 3
+    right = [row["acc"] for row in rows if row["task"] == "choice"]
+    assert sum(right) / 3 == results["results"]["choice"]["acc,none"]
+    assert {"doc", "target", "arguments", "resps"} <= rows[0].keys()
+    assert "samples" not in results
+
+
 def test_a_base_of_other_sizes_is_compared_with(tune, tmp_path):
     other = tmp_path / "other"
     tiny_llama(**SIZES_OF, num_hidden_layers=1).save_pretrained(other)
