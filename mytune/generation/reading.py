@@ -108,6 +108,8 @@ class StaticReader(CachedReader):
         super().__init__(model, cache, pads)
         self._block: Callable[..., Tensor] = _static_block
         if compile:
+            # torch says so of torchao's tensors, in the middle of a text.
+            warnings.filterwarnings("ignore", message=".* not implement _stable_hash_for_caching")
             self._block = torch.compile(_static_block)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._steps = 0
