@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 # What could steer a terminal: texts of files and models can hold it.
@@ -76,10 +77,17 @@ class StoppedEarly(TuneError):
     exit_code = 75
 
 
-def is_network(error: BaseException) -> bool:
-    """Say whether an error means that there is no network, or that it may not be used."""
-    words = type(error).__name__ + str(error)
-    return isinstance(error, ConnectionError) or "ffline" in words
+def is_network(error: BaseException | None) -> bool:
+    """Say whether an error, or what it comes from, is that the network does not answer.
+
+    Libraries of the web have classes of their own for that; they are known by their names.
+    """
+    while error is not None:
+        names = " ".join(kind.__name__ for kind in type(error).__mro__)
+        if re.search("ConnectionError|ConnectError|Timeout|gaierror|OfflineMode", names):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def is_out_of_memory(error: BaseException) -> bool:

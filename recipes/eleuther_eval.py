@@ -135,13 +135,17 @@ def main(cfg: Config) -> None:
         if (cfg.max_seq_length or 0) > positions:
             log.warning("max_seq_length: %d, all positions that the model has", positions)
         check_tasks(tasks, min(cfg.max_seq_length or positions, positions))
+        if base:
+            with torch.device("meta"):
+                other = base_model(cfg)
+            check_vocabulary(tokenizer, other.config.vocab_size)
+            positions = other.config.max_seq_len
+            check_tasks(tasks, min(cfg.max_seq_length or positions, positions))
         results = measure(cfg, model, checkpointer, tokenizer, tasks, device, dtype)
         if base:
             write_results(cfg.output_dir, results, config_yaml(cfg))  # what comes may fail
             log.info("Results so far are in %s; evaluating %s", cfg.output_dir, cfg.compare)
-            with torch.device("meta"):
-                model = base_model(cfg, model)
-            earlier = measure(cfg, model, base, tokenizer, tasks, device, dtype)
+            earlier = measure(cfg, other, base, tokenizer, tasks, device, dtype)
         report(cfg, results, earlier, again=bool(base))
 
 
@@ -169,7 +173,7 @@ def base_checkpointer(cfg: Config) -> Any:
     return instantiate({**cfg.checkpointer, **other})
 
 
-def base_model(cfg: Config, model: Decoder) -> Decoder:
+def base_model(cfg: Config) -> Decoder:
     """Return the base's model: of its own sizes where a directory tells them, without adapters."""
     if "checkpoint_dir" in cfg.model:
         base: Decoder = instantiate({**cfg.model, "checkpoint_dir": cfg.compare})

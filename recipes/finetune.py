@@ -350,7 +350,7 @@ def main(cfg: Config) -> None:
         if resumed:  # the run may have ended while it measured
             if step >= total_steps:
                 log.info("all %d steps are done: more epochs make it go on", total_steps)
-            epoch_ends, run_ends = step % loader.steps_per_epoch == 0, step >= total_steps
+            epoch_ends, run_ends = step % loader.steps_per_epoch == 0, step == total_steps
             known = from_rank_0(logger.logged(step))
             complete = measure_due(measurements, step, epoch_ends, run_ends, logger, stop, known)
         publish = partial(save, cfg, checkpointer, model, optimizer, dtype, run)

@@ -86,7 +86,8 @@ class Config:
     min_p: float | None = None
     # Above 1: tokens that the text already has become less likely.
     repetition_penalty: float = 1.0
-    # Texts that end the answer, such as ["\n\n"]; they are not part of it. null for none.
+    # Texts, or names of special tokens, that end the answer, such as ["\n\n"]; they are not part of
+    # it. null for none.
     stop: list[str] | None = None
     # Answers to each prompt; more than one come as JSON lines.
     num_samples: int = 1

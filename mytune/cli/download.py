@@ -100,6 +100,8 @@ def _copy_embedded(name: str, folder: Path) -> None:
 
 def _download(args: argparse.Namespace, folder: Path) -> None:
     if args.hf_token:
+        if args.hf_token == "-" and sys.stdin is None:
+            raise ConfigError("--hf-token -: the token is read from stdin, which is closed")
         token = sys.stdin.readline().strip() if args.hf_token == "-" else args.hf_token
         os.environ["HF_TOKEN"] = token  # where the library looks, and what messages are cleared of
     os.environ.setdefault("HF_XET_CACHE", str(folder.resolve() / ".cache" / "xet"))

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -42,13 +43,14 @@ def take_debug(words: Sequence[str]) -> list[str]:
 def open_streams() -> None:
     """Put the null device in the place of closed streams, and let no character end the process.
 
-    A file that is opened would else take their place, and what is printed would go there.
+    A file that is opened would else take their place, and what is printed would go there. Processes
+    that are started have it, too.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    null = partial(open, os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+    sys.stdout, sys.stderr = sys.stdout or null(), sys.stderr or null()
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -57,17 +59,23 @@ def open_streams() -> None:
 def report(work: Callable[[], int | None]) -> int:
     """Do `work`, print how it failed if it did, and return the exit code."""
     code, text = outcome(work)
-    if text:
-        with suppress(OSError):  # the code says it, too
-            print(text, file=sys.stderr, flush=True)
+    say(text)
     return code
+
+
+def say(text: str) -> None:
+    """Print a text on stderr, if there is any: what went wrong there must not change a command."""
+    if text:
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def outcome(work: Callable[[], int | None]) -> tuple[int, str]:
     """Do `work` and return the exit code and what to print on stderr; never raises."""
     try:
         code = work() or 0
-        sys.stdout.flush()
+        if sys.stdout:  # None, if it was closed before
+            sys.stdout.flush()
         return code, ""
     except SystemExit as end:  # argparse's --help, or a recipe's own
         if end.code is None or isinstance(end.code, int):
@@ -99,7 +107,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     known = error if isinstance(error, TuneError) else _environment(error)
     trace = redact(_traceback(error)) if known is None or DEBUG in os.environ else ""
     if DEBUG in os.environ:
-        print(trace, file=sys.stderr)
+        say(trace)
     told = known or _bug(error, trace)
     kind = "stopped early" if isinstance(told, StoppedEarly) else "error"
     return told.exit_code, redact(f"{kind}: {told}").translate(CONTROL)
@@ -112,6 +120,8 @@ def _environment(error: Exception) -> ResourceError | None:
         return ResourceError(_ENVIRONMENT[error.errno] + (f": {where}" if where else ""))
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("mytune"):
         return ResourceError(f"the package {error.name!r} is not installed: pip install it")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's word
+        return ResourceError("a path begins with ~, and that user has no home directory")
     if is_out_of_memory(error):
         why = first_line(error).rpartition("DefaultCPUAllocator: ")[2]
         return ResourceError(f"out of memory: {why}; a smaller batch_size needs less")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
-from mytune.cli.report import open_streams, report, take_debug
+from mytune.cli.report import open_streams, report, say, take_debug
 from mytune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Job(NamedTuple):
     overrides: list[str]
     allow: list[str]
     dry_run: bool = False
+    name: str = ""  # of the recipe, if it was asked for by that
 
 
 def parser() -> Parser:
@@ -65,7 +67,6 @@ def main(argv: list[str]) -> int:
     job = parse(words)
     prepare_torch()
     loaded = load(job)
-    _check_method(words[0], loaded)
     tell(loaded)
     if options or job.recipe.stem.endswith("_distributed") or words[0].endswith("_distributed"):
         from mytune.cli.torchrun import as_one_of, launch
@@ -107,7 +108,7 @@ def parse(words: Sequence[str]) -> Job:
     if args.dry_run:
         _check_plannable(args.recipe, recipe)
         overrides.append("dry_run=True")
-    return Job(recipe, config, overrides, args.allow_component, args.dry_run)
+    return Job(recipe, config, overrides, args.allow_component, args.dry_run, args.recipe)
 
 
 def _check_plannable(name: str, recipe: Path) -> None:
@@ -134,21 +135,22 @@ def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
         raise ConfigError(f"{args.config} is a config of another recipe: `{right}`")
 
 
-def _check_method(recipe: str, loaded: LoadedConfig) -> None:
-    """Refuse a model of mytune's that trains something else than the recipe's name says."""
+def _check_method(recipe: str, loaded: LoadedConfig) -> list[str]:
+    """Return the problem of a model of mytune's that trains something else than the recipe says."""
     method = registry.RECIPES[recipe].kind if recipe in registry.RECIPES else ""
-    package, _, builder = loaded.values().get("model", {}).get("_component_", "").rpartition(".")
-    if method not in ("lora", "full") or not package.startswith("mytune.models"):
-        return
-    if (method == "lora") == builder.startswith(("lora_", "qlora_")):
-        return
-    full = builder.removeprefix("q").removeprefix("lora_")
+    model = loaded.values().get("model")
+    named = model.get("_component_") if isinstance(model, dict) else None
+    package, _, builder = str(named).rpartition(".")
+    is_known = method in ("lora", "full") and package.startswith("mytune.models")
+    if not is_known or (method == "lora") == builder.startswith(("lora_", "qlora_")):
+        return []
+    full = re.sub("^q?lora_", "", builder)
     trains, right = ("adapters", f"lora_{full}") if method == "lora" else ("all weights", full)
     other = recipe.replace(method, "full" if method == "lora" else "lora", 1)
-    raise ConfigError(
+    return [
         f"{loaded.where('model._component_')}: {recipe} trains {trains}, which {builder} does not: "
         f"model._component_={package}.{right}, or `tune run {other}`"
-    )
+    ]
 
 
 def load(job: Job, *, components: bool = True) -> LoadedConfig:
@@ -161,7 +163,7 @@ def load(job: Job, *, components: bool = True) -> LoadedConfig:
         found = check_components(loaded)
         # A plan needs no weights, and says so itself where it lacks something.
         needed = check_components(loaded, files=False) if job.dry_run else found
-        problems += needed
+        problems += needed + _check_method(job.name, loaded)
         loaded.tree.notices += [each for each in found if each not in needed]
     if problems:
         raise config_error(problems)
@@ -171,7 +173,7 @@ def load(job: Job, *, components: bool = True) -> LoadedConfig:
 def tell(loaded: LoadedConfig) -> None:
     """Print what the user should know about the config, on stderr."""
     for notice in loaded.notices:
-        print(f"notice: {notice}", file=sys.stderr)
+        say(f"notice: {notice}")
 
 
 def execute(job: Job, loaded: LoadedConfig, module: ModuleType | None = None) -> int:

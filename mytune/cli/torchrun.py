@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mytune.cli.report import DEBUG
+from mytune.cli.report import DEBUG, say
 from mytune.cli.worker import FOLDER, first_failure, running, silent_ranks
 from mytune.errors import ConfigError, TuneError
 
@@ -64,10 +64,9 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
         silent = silent_ranks(_last_attempt(folder))
     if failure and (not first.code or (first.lost and failure[0] < 0)):
         raise RankDied(failure[1], failure[0])
-    if first.text:
-        print(first.text, file=sys.stderr)
+    say(first.text)
     if first.lost and silent:
-        print(f"  no word from rank {', '.join(map(str, silent))}", file=sys.stderr)
+        say(f"  no word from rank {', '.join(map(str, silent))}")
     return first.code
 
 

@@ -24,7 +24,8 @@ def main(argv: list[str]) -> int:
     args = parser().parse_intermixed_args(argv)
     config = registry.find_config(args.config)
     recipe = registry.find_recipe(args.recipe) if args.recipe else registry.recipe_for(args.config)
-    loaded = load(Job(recipe, config, args.overrides, args.allow_component))
+    name = args.recipe or ""
+    loaded = load(Job(recipe, config, args.overrides, args.allow_component, name=name))
     tell(loaded)
     print(
         f"Config is well-formed: {args.config}\n"

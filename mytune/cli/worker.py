@@ -18,10 +18,11 @@ _STOPPED = 75
 
 def main() -> int:
     """Run the recipe and leave its exit code and message where the launcher finds them."""
-    from mytune.cli.report import outcome
+    from mytune.cli.report import open_streams, outcome
     from mytune.cli.run import execute, load, parse
     from mytune.errors import RanksLost
 
+    open_streams()
     mine = Path(os.environ.pop(FOLDER), os.environ["TORCHELASTIC_RESTART_COUNT"], str(os.getpid()))
     del os.environ["PYTHONSAFEPATH"]  # was for this process alone
     mine.parent.mkdir(exist_ok=True)

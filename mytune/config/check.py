@@ -111,7 +111,7 @@ def _check_files(node: Component) -> Iterator[Finding]:
         value = node.get(key)
         if not isinstance(value, str):
             continue
-        places = [Path(folder, value).expanduser() for folder in folders]
+        places = [Path(os.path.expanduser(Path(folder, value))) for folder in folders]
         places += [place.parent / "original" / place.name for place in places if key == "path"]
         if not any(place.exists() for place in places):
             yield key, f"{value!r} does not exist{_repair(key, Path(value))}"

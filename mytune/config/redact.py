@@ -20,9 +20,11 @@ _ASSIGNED = re.compile(
     r"(?!['\"]?\$\{)('[^']*'|\"[^\"]*\"|[^\s,}'\"]+)",  # the value, if it is no ${...}
     re.IGNORECASE,
 )
+# Not hf_ and any word: `hf_dataset_of_2024` is a name.
 _SHAPE = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}"  # no \w: `hf_dataset_of_2024` is a name
-    r"|\bsk-(?:(?=[\w-]*[A-Z])(?=[\w-]*\d)[\w-]{16,}|(?:[a-z]+-)?[a-z0-9]{20,})"
+    r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}(?:[\w-]|\.(?=\w))*"
+    r"|\bsk-(?=[\w-]*[A-Z])(?=[\w-]*\d)[\w-]{16,}"
+    r"|\bsk-(?:[a-z0-9]+-)*(?:[a-z0-9]{20,}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
     r"|(?<=Bearer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
 _VARIABLE = re.compile(

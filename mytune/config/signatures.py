@@ -50,14 +50,14 @@ def annotation(parameter: Parameter) -> str:
     note = parameter.annotation
     text = note if isinstance(note, str) else inspect.formatannotation(note)
     text = re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", text)  # of what module a name is
-    return text.replace("Sequence[", "list[").replace("Mapping[", "dict[").replace(" | Path", "")
+    text = text.replace("Sequence[", "list[").replace("Mapping[", "dict[").replace(" | Path", "")
+    return re.sub(r"Callable\[.*\](?= \||$)", f"a component ({KEY}: ...)", text)
 
 
 def fits(value: Any, parameter: Parameter) -> bool:
     """May `value` be given to `parameter`? Yes, if its annotation is none that configs know."""
-    built = isinstance(value, dict) and KEY in value
     note = parameter.annotation
-    if built or note is Parameter.empty or value is parameter.default is None:
+    if note is Parameter.empty or value is parameter.default is None:
         return True
     try:
         return _fits(value, parse_hint(note) if isinstance(note, str) else note)
@@ -66,15 +66,21 @@ def fits(value: Any, parameter: Parameter) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, dict) and KEY in value:
+        return True  # what a component gives
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, each) for each in options)
     if origin is typing.Literal:
         return value in options
-    if origin in (list, tuple, abc.Sequence):
-        return isinstance(value, list) and all(_fits(each, options[0]) for each in value)
+    if origin is tuple:
+        return isinstance(value, list)
+    if origin in (list, abc.Sequence):
+        inner = options[0] if options else Any
+        return isinstance(value, list) and all(_fits(each, inner) for each in value)
     if origin in (dict, abc.Mapping):
-        return isinstance(value, dict) and all(_fits(each, options[1]) for each in value.values())
+        inner = options[1] if options else Any
+        return isinstance(value, dict) and all(_fits(each, inner) for each in value.values())
     if origin is abc.Callable:
         return False  # a component makes one
     if hint is float:

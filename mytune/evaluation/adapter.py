@@ -83,7 +83,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        return self._tokenizer.fingerprint or "unknown"
+        return self._tokenizer.fingerprint or f"{type(self._tokenizer).__name__} {id(self)}"
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any

@@ -90,9 +90,7 @@ def _score_trees(
 def _asked(
     trees: Sequence[Tree], requests: Sequence[Request], width: int
 ) -> tuple[list[int], list[int], Tensor, Tensor]:
-    """Return which requests are asked for and how many tokens each has; for each token its place
-    in the output, which predicts it, and its id.
-    """
+    """Return requests and their counts of tokens; of each token the place before it, and its id."""
     keys = [key for tree in trees for key in tree.paths]
     counts = [len(requests[key].continuation) for key in keys]
     places = [

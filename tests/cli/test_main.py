@@ -139,6 +139,20 @@ def test_streams_that_are_closed_or_full(redirected, code, tmp_path):
     assert subprocess.run(command, shell=True, capture_output=True).returncode == code
 
 
+@pytest.mark.parametrize("flag", ["", "--debug"])
+def test_a_full_stderr_changes_no_exit_code(flag):
+    command = f"{sys.executable} -m mytune {flag} lss 2>/dev/full"
+    assert subprocess.run(command, shell=True).returncode == 2
+
+
+def test_closed_streams_are_the_null_device_of_processes_too():
+    child = "import os; print([os.fstat(fd).st_rdev for fd in (0, 1, 2)])"
+    code = "import subprocess, sys, mytune.cli.report as report; report.open_streams();"
+    code += f"sys.exit(subprocess.run([sys.executable, '-c', {child!r}]).returncode)"
+    done = subprocess.run(["sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, code])
+    assert done.returncode == 0
+
+
 def test_what_a_stream_cannot_write_is_escaped():
     code = "import sys; from mytune.cli.report import *; open_streams(); print('Größe 日')"
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -130,7 +130,7 @@ def test_missing_files_of_our_components_are_told(
         ("source: [1]", "[1] is not str | list[str]"),
         ("column_map: [input]", "['input'] is not dict[str, str] | None"),
         ("column_map: {input: 1}", "{'input': 1} is not dict[str, str] | None"),
-        ("filter_fn: short", "'short' is not Callable[[dict[str, Any]], bool] | None"),
+        ("filter_fn: short", "'short' is not a component (_component_: ...) | None"),
         ("column_map: {input: a, output: b}", None),
         ("filter_fn: {_component_: mytune.datasets.AlpacaToMessages}", None),
     ],

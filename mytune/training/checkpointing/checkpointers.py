@@ -174,7 +174,8 @@ class _Checkpointer:
         `recipe_checkpoint` names another one; a `.pt` file is torchtune's way to say "the newest".
         """
         said = Path(self._recipe_checkpoint or "newest.pt")
-        named = [part for part in said.parts if re.fullmatch(r"(epoch|step)_\d+", part)]
+        parts = [part.removesuffix(".pt") for part in said.parts]
+        named = [part for part in parts if re.fullmatch(r"(epoch|step)_\d+", part)]
         wanted = named[-1] if named else None if said.suffix == ".pt" else str(said)
         # One rank reads it whole, and all agree on what it found.
         found = latest(self.output_dir, wanted) if rank() == 0 else None

@@ -24,8 +24,9 @@ log = logging.getLogger("mytune")
 # How a step is computed, not what: these stay as the config of the resumed run has them.
 _IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}
 _PLAIN = (type(None), bool, int, float, str)
-# What torch's optimizers and bitsandbytes' keep for each number of a parameter. Their kernels
-# believe that it has the parameter's shape.
+# What these optimizers keep for each number of a parameter. Their kernels believe that it has the
+# parameter's shape.
+_KNOWN = ("torch.optim.", "torchao.optim.", "bitsandbytes.optim.")
 _SHAPED = (
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "state1", "state2"),
     *("square_avg", "grad_avg", "acc_delta", "sum", "ax", "prev", "step_size"),
@@ -77,31 +78,38 @@ def load_optimizer_state(
     own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     _demand_same(own, optimizer, said)
     for group, saved in zip(optimizer.param_groups, said["groups"], strict=True):
-        settings = {
-            key: _decode(value, lambda path: tensors[path].clone())
-            for key, value in saved["settings"].items()
-        }
-        _take_settings(group, settings)
-        for name in set(saved["params"]) & said["state"].keys():
-            parameter, states = owned[name]
-            try:
+        try:
+            settings = {
+                key: _decode(value, lambda path: tensors[path].clone())
+                for key, value in saved["settings"].items()
+            }
+            _take_settings(group, settings)
+            for name in set(saved["params"]) & said["state"].keys():
+                parameter, states = owned[name]
                 states[parameter] = {
                     key: _decode(value, _reader(tensors, parameter, key, group, optimizer))
                     for key, value in said["state"][name].items()
                 }
-            except KeyError as error:
-                raise CheckpointError(f"the optimizer's state lacks {error}") from error
-            _demand_shapes(name, parameter, states[parameter])
+                _demand_shapes(name, parameter, states[parameter], optimizer)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the optimizer's state is damaged: {type(error).__name__}: {error}"
+            ) from error
 
 
-def _demand_shapes(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
+def _demand_shapes(
+    name: str, parameter: Tensor, state: Mapping[str, Any], optimizer: Optimizer
+) -> None:
+    if not _class_name(optimizer).startswith(_KNOWN):
+        return
+    usual = parameter.shape
+    shapes = {"step": [torch.Size()]} | {key: [usual] for key in _SHAPED}
+    shapes["state1"].append(torch.Size([2, *usual]))  # two moments in one: bitsandbytes' AdEMAMix
     for key, value in state.items():
-        shapes = {"step": torch.Size(), **dict.fromkeys(_SHAPED, parameter.shape)}
-        expected = shapes.get(key)
-        if isinstance(value, Tensor) and expected is not None and value.shape != expected:
+        if isinstance(value, Tensor) and value.shape not in shapes.get(key, [value.shape]):
             raise CheckpointError(
                 f"the optimizer's {key} of {name} has the shape {list(value.shape)}; "
-                f"{list(expected)} is expected: the checkpoint is damaged"
+                f"{list(shapes[key][0])} is expected: the checkpoint is damaged"
             )
 
 
