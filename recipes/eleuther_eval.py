@@ -129,23 +129,19 @@ def main(cfg: Config) -> None:
         earlier = read_results(cfg.compare, tasks["tasks"]) if cfg.compare and not base else None
 
         with torch.device("meta"):
-            model = instantiate(cfg.model)
-        check_vocabulary(tokenizer, model.config.vocab_size)
-        positions = model.config.max_seq_len
-        if (cfg.max_seq_length or 0) > positions:
-            log.warning("max_seq_length: %d, all positions that the model has", positions)
-        check_tasks(tasks, min(cfg.max_seq_length or positions, positions))
-        if base:
-            with torch.device("meta"):
-                other = base_model(cfg)
-            check_vocabulary(tokenizer, other.config.vocab_size)
-            positions = other.config.max_seq_len
+            models = [instantiate(cfg.model), *([base_model(cfg)] if base else [])]
+        for each in models:
+            check_vocabulary(tokenizer, each.config.vocab_size)
+            positions = each.config.max_seq_len
+            if (cfg.max_seq_length or 0) > positions:
+                log.warning("max_seq_length: %d, all positions that the model has", positions)
             check_tasks(tasks, min(cfg.max_seq_length or positions, positions))
-        results = measure(cfg, model, checkpointer, tokenizer, tasks, device, dtype)
+        # A model is let go of once it is measured: there may be no room for two.
+        results = measure(cfg, models.pop(0), checkpointer, tokenizer, tasks, device, dtype)
         if base:
             write_results(cfg.output_dir, results, config_yaml(cfg))  # what comes may fail
             log.info("Results so far are in %s; evaluating %s", cfg.output_dir, cfg.compare)
-            earlier = measure(cfg, other, base, tokenizer, tasks, device, dtype)
+            earlier = measure(cfg, models.pop(), base, tokenizer, tasks, device, dtype)
         report(cfg, results, earlier, again=bool(base))
 
 
