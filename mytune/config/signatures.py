@@ -33,10 +33,10 @@ def read_parameters(name: str) -> list[Parameter] | None:
     except ValueError:
         return None
     ours = name.startswith("mytune.")
-    return [_spelled_out(each, component) for each in parameters] if ours else parameters
+    return [_resolved(each, component) for each in parameters] if ours else parameters
 
 
-def _spelled_out(parameter: Parameter, component: Any) -> Parameter:
+def _resolved(parameter: Parameter, component: Any) -> Parameter:
     """Put what its module's names mean in the place of an annotation's text."""
     names = {**vars(typing), **vars(abc), **vars(sys.modules[component.__module__])}
     try:
