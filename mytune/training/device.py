@@ -122,7 +122,8 @@ def describe_device(device: torch.device) -> str:
         return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
     if device.type == "cpu":
         kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-        return f"cpu ({kind}, {torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        return f"cpu ({kind}, {threads} thread{'s' * (threads > 1)})"
     return str(device)
 
 
