@@ -146,7 +146,9 @@ def test_state_that_is_kept_on_the_cpu_is_found_and_resumed(tmp_path: Path) -> N
     resumed_equals_uninterrupted(Offloading, tmp_path, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW", "Lion8bit"])
+@pytest.mark.parametrize(
+    "name", "AdamW8bit PagedAdamW8bit PagedAdamW Lion8bit AdEMAMix AdEMAMix8bit RMSprop8bit".split()
+)
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_bitsandbytes_state_is_kept(name: str, tmp_path: Path) -> None:
     optim = pytest.importorskip("bitsandbytes.optim")
