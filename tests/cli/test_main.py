@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,15 @@ def test_details_are_indented_below_the_message(capsys):
 def test_the_first_line_of_an_error_without_text_is_its_type():
     assert errors.first_line(ValueError("\n one\r\ntwo")) == "one"
     assert errors.first_line(OSError(" \n")) == "OSError"
+
+
+def test_the_network_is_known_by_errors_and_not_by_words():
+    far = type("ReadTimeout", (Exception,), {})("no answer")
+    wrapped = ValueError("cannot load")
+    wrapped.__cause__ = far
+    for error in (ConnectionResetError("x"), socket.gaierror(-2, "x"), far, wrapped):
+        assert errors.is_network(error)
+    assert not errors.is_network(FileNotFoundError("me/offline-rl doesn't exist"))
 
 
 def test_stopped_early_is_no_error(capsys):

@@ -237,6 +237,14 @@ def test_a_base_of_other_sizes_is_compared_with(tune, tmp_path):
     assert both["base"]["choice"] == alone["results"]["choice"] != both["results"]["choice"]
 
 
+def test_a_base_that_cannot_be_built_is_told_before_anything_is_measured(tune, base, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    (other / "config.json").write_text("{")
+    results, _, err = tune("--compare", str(other), code=4)
+    assert results == {} and "does not describe a Llama model" in err
+
+
 def test_a_base_that_does_not_fit_costs_no_results(tune, base, tmp_path):
     other = tmp_path / "other"
     tiny_llama(**SIZES_OF, num_hidden_layers=1).save_pretrained(other)
@@ -464,11 +472,12 @@ def test_a_missing_harness_is_one_line_that_says_how_to_install_it(tune, monkeyp
 @pytest.mark.ranks
 def test_two_ranks_score_as_one(tune, base, tasks_folder, tmp_path):
     tasks = "tasks=[choice,rolling,writing]"
-    alone, out, _ = tune(tasks, "batch_size=2")
+    alone, out, _ = tune(tasks, "batch_size=2", "log_samples=true")
     words = [f"model.checkpoint_dir={base}", f"checkpointer.checkpoint_dir={base}", tasks]
     words += [f"tokenizer.path={base / 'tokenizer.model'}", f"include_path={tasks_folder}"]
     words += ["model._component_=mytune.models.auto_model", "max_seq_length=null"]
     words += [f"output_dir={tmp_path / 'both'}", "device=cpu", "dtype=fp32", "batch_size=2"]
+    words += ["log_samples=true"]
     command = [sys.executable, "-m", "mytune", "run", "--nproc_per_node", "2", "eleuther_eval"]
     command += ["--config", "eleuther_evaluation", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -476,6 +485,8 @@ def test_two_ranks_score_as_one(tune, base, tasks_folder, tmp_path):
     both = json.loads((tmp_path / "both" / "evaluation.json").read_text())
     assert both["results"] == alone["results"]
     assert done.stdout == out  # and said once
+    samples = [tmp_path / name / "evaluation_samples.jsonl" for name in ("out", "both")]
+    assert samples[0].read_text() == samples[1].read_text()
 
 
 def curve_of(folder):

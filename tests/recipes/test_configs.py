@@ -82,6 +82,9 @@ def test_a_model_that_trains_something_else_is_refused(recipe, builder, repair, 
     command = ["run", recipe, "--config", config, f"output_dir={tmp_path / 'run'}"]
     assert main([*command, f"model=torchtune.models.{builder}", "model.checkpoint_dir=."]) == 2
     assert f"{builder} does not: model._component_={repair}, or `tune" in capsys.readouterr().err
+    model = [f"model=mytune.models.{builder}", "model.checkpoint_dir=."]
+    assert main(["validate", config, "--recipe", recipe, *model]) == 2
+    assert f"{builder} does not" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
