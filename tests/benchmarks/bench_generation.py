@@ -3,8 +3,9 @@ Llamas: mytune, torchtune with its KV cache, transformers. In float32 all must g
 They run at once and take turns, one batch each; times are CPU seconds where there is one thread.
 Tokens per second count the new tokens of all rows over prefill and decoding together. The last
 column is mytune's time for the last 64 of 512 tokens over that for the first 64: with a KV cache it
-is near 1, but attention reads 9 times as many keys. `huge pages` is mytune with
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which Linux heeds.
+is near 1, but attention reads 9 times as many keys. mytune has its memory in huge pages, as
+`tune run generate` and `tune chat` begin on Linux; there are also figures of mytune in small pages
+and of torchtune in huge ones.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
+from mytune.cli.huge_pages import SETTING, TUNABLES
 from tests.benchmarks.common import NO_TORCHTUNE, TORCHTUNE_PYTHON, Row, median_ratio, take_turns
 from tests.benchmarks.model import DTYPES, SHAPES, Shape, write_model
 
 TITLE = "Generation"
 PROMPT = 64
 NEW = 64
-HUGE_PAGES = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
 ROWS = (1, 8)
 
 
@@ -85,5 +86,8 @@ def commands(folder: Path, shape: Shape, dtype: str, rows: int) -> dict[str, Seq
         if python
     }
     if sys.platform == "linux":
-        found["mytune, huge pages"] = ["env", HUGE_PAGES, *found["mytune"]]
+        huge = {name: ["env", f"{TUNABLES}={SETTING}", *found[name]] for name in found}
+        found |= {"mytune": huge["mytune"], "mytune, small pages": found["mytune"]}
+        if "torchtune" in huge:
+            found["torchtune, huge pages"] = huge["torchtune"]
     return found

@@ -17,6 +17,20 @@ from tests.cli.conftest import Ended, finish, start
 NAME = "fam/1B_lora_single_device"
 LORA = ("lora_finetune_single_device", "--config", NAME)
 
+READER = """
+import os
+from dataclasses import dataclass
+
+
+@dataclass
+class Config:
+    {key}: int = 1
+
+
+def main(cfg):
+    print(os.getpid(), os.environ.get("GLIBC_TUNABLES"))
+"""
+
 
 @pytest.fixture
 def mine(root: Path) -> Path:
@@ -119,6 +133,21 @@ def test_recipe_can_be_a_script(mine):
     ended = finish(start(str(mine), "output_dir=x", "batch_size=7", "end=data"))
     assert ended.code == 3 and ended.out == "rank 0 of 1: x 7\n"
     assert ended.err == "error: rows.jsonl:3: no output\n  row 3\n  row 4\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's tunables")
+def test_what_trains_nothing_has_its_memory_in_huge_pages(tmp_path):
+    def tunables(key: str, **variables: str) -> str:
+        (tmp_path / "mine.py").write_text(READER.format(key=key))
+        process = start("-m", "mytune", "run", "mine.py", cwd=tmp_path, env=plain | variables)
+        pid, said = finish(process).out.split()
+        assert int(pid) == process.pid
+        return said
+
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    assert tunables("prompt") == "glibc.malloc.hugetlb=1"
+    assert tunables("optimizer") == "None"
+    assert tunables("prompt", GLIBC_TUNABLES="glibc.malloc.hugetlb=0") == "glibc.malloc.hugetlb=0"
 
 
 def test_torchrun_options_are_told_from_the_recipe():
