@@ -480,7 +480,6 @@ def settle(
         recompute=recomputed_blocks(model.config.num_layers, *rule),
         keep_products=cfg.ac_option == "op",
         offload=cfg.enable_activation_offloading,
-        compile=cfg.compile,
         optimizer_in_bwd=cfg.optimizer_in_bwd,
         reshard=cfg.fsdp_reshard_after_forward,
         cpu_offload=cfg.fsdp_cpu_offload,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mytune._sharded import own_rows, sharded_as, whole
 from mytune._triton import HAS_TRITON
@@ -128,6 +129,12 @@ _constant_pairs: Callable[[torch.device], Tensor] = torch.compiler.assume_consta
 )
 
 
+def _product(
+    x: Tensor, codes: Tensor, scales: Tensor, steps: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    return F.linear(x, dequantize_nf4(codes, scales, steps, shape, x.dtype))
+
+
 class _NF4Product(torch.autograd.Function):
     """x W^T, keeping the codes for the backward pass and not the weight they stand for."""
 
@@ -137,7 +144,7 @@ class _NF4Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(codes, scales, steps)
         ctx.shape = shape
-        return F.linear(x, dequantize_nf4(codes, scales, steps, shape, x.dtype))
+        return _product(x, codes, scales, steps, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -238,9 +245,12 @@ class NF4Linear(nn.Module):
         return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _NF4Product.apply(  # type: ignore[no-untyped-call]
-            x, self.codes, self.scales, self.steps, self._shape
-        )
+        y: Tensor
+        packed = self.codes, self.scales, self.steps, self._shape
+        if torch.compiler.is_compiling():  # which would merge the two dequantizations of a Function
+            y = checkpoint(_product, x, *packed, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = _NF4Product.apply(x, *packed)  # type: ignore[no-untyped-call]
         return y
 
     def extra_repr(self) -> str:

@@ -146,6 +146,14 @@ def test_compiles_into_one_graph() -> None:
     torch.testing.assert_close(x.grad, gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_layers_keep_no_weight_for_the_backward_pass(backend: str) -> None:
+    layers = nn.Sequential(filled(normal(96, 64)), nn.SiLU(), filled(normal(64, 96)))
+    x = normal(2, 64).requires_grad_()
+    kept = torch.compile(layers, backend=backend)(x).grad_fn.saved_tensors
+    assert max(each.numel() for each in kept) == 96 * 64 // 2  # the codes
+
+
 def test_state_dict_goes_through_safetensors_bit_for_bit(tmp_path: Path) -> None:
     linear = filled(normal(33, 129))
     save_file(linear.state_dict(), tmp_path / "nf4.safetensors")

@@ -21,8 +21,6 @@ from mytune.training.planning.optimizer_size import optimizer_size
 from mytune.training.planning.simulate import (
     Peak,
     StepSettings,
-    kernels_of,
-    meta_batch,
     set_meta_dtype,
     simulate_step,
 )
@@ -77,7 +75,7 @@ def plan_memory(
     """Return what a step of `model` takes on each device; nothing is allocated.
 
     Args:
-        model: on the meta device, as built: not recomputed, compiled or sharded. It is not changed.
+        model: on the meta device, as built: not recomputed or sharded. It is not changed.
         loss_fn: called with model and batch, as in the run.
         memory: bytes of a device, for `MemoryPlan.fits`.
     """
@@ -135,12 +133,6 @@ def _nbytes(module: nn.Module, trained: bool = False) -> int:
 
 def _simulate(model: Decoder, loss_fn: Loss, settings: StepSettings) -> Peak:
     model.train()
-    if settings.compile:
-        from mytune.training.planning.partition import partition_blocks  # imports torch's compiler
-
-        batch = meta_batch(settings)
-        with kernels_of(settings.device, compiled=True):
-            partition_blocks(model, lambda: loss_fn(model, batch))
     checkpoint_activations(model, settings.recompute, settings.keep_products)
     return simulate_step(model, loss_fn, settings)
 

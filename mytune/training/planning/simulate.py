@@ -56,7 +56,6 @@ class StepSettings:
     recompute: Collection[int] = ()
     keep_products: bool = False
     offload: bool = False
-    compile: bool = False
     optimizer_in_bwd: bool = False
     # Ranks that a parameter is cut over; whether blocks are given back after their forward pass.
     shard_ranks: int = 1
@@ -95,7 +94,8 @@ def simulate_step(
     `gradients` of parameters.
 
     Args:
-        model: on the meta device, with its final dtypes, recomputed and compiled as it will run.
+        model: on the meta device, with its final dtypes, recomputed as it will run. Compiled
+            blocks keep nearly the same.
     """
     ledger = Ledger()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -154,7 +154,7 @@ class Ledger(TorchDispatchMode):
     """Counts the bytes of tensors made while it is entered, by part: those alive now, and the peak.
 
     The same on every device. Tensors that were there before (weights, a batch) do not count unless
-    they are given to `count`, nor does what compiled code makes.
+    they are given to `count`.
     """
 
     def __init__(self) -> None:
@@ -251,14 +251,10 @@ def _elsewhere(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def kernels_of(device: str, compiled: bool = False) -> Iterator[None]:
-    """Let functions whose kernels differ by device keep what that device's keep.
-
-    Compiled, only products and attention are kernels of a library.
-    """
+def kernels_of(device: str) -> Iterator[None]:
+    """Let functions whose kernels differ by device keep what that device's keep."""
     stand_ins = _CPU if device == "cpu" else _OTHER
     stand_ins = [*stand_ins, _LOSS] if device == "cuda" else stand_ins
-    stand_ins = [each for each in stand_ins if not (compiled and each[1] == "rms_norm")]
     own = [(where, name, getattr(where, name)) for where, name, _ in stand_ins]
     try:
         for each in stand_ins:
