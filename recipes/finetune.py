@@ -92,10 +92,8 @@ from mytune.training import (
     refuse_other_run,
     refuse_replicated,
     refuse_sharded,
-    remove_other_run,
     reset_peak_memory,
     reshard,
-    restarts,
     seed_step,
     set_deterministic,
     set_seed,
@@ -105,7 +103,9 @@ from mytune.training import (
     smaller_settings,
     sum_gradients,
     sync_gradients,
+    take,
     use_fast_float32_matmul,
+    was_taken,
     world_size,
     write_report,
 )
@@ -273,8 +273,7 @@ def main(cfg: Config) -> None:
 
     with ExitStack() as stack:
         stack.enter_context(process_group(device, cfg.distributed_timeout))
-        resume = cfg.resume_from_checkpoint or checkpointer.resume or restarts() > 0
-        own_output_dirs(stack, cfg, checkpointer, resume)
+        folders, resume = own_output_dirs(stack, cfg, checkpointer)
         stack.callback(checkpointer.finish)  # also after an error, and before the lock goes
         resumed = checkpointer.latest() if resume else None
         if resume and not resumed:
@@ -327,9 +326,8 @@ def main(cfg: Config) -> None:
             last_epoch=step - 1,
         )
 
-        # From here on the folder is this run's.
-        if not resume:
-            remove_other_run(cfg.output_dir, checkpointer.output_dir)
+        for folder in folders:
+            take(folder, resume=resume)
         logger.resume_at(step)
         logger.log_config(config_yaml(cfg))
         model.train()
@@ -535,17 +533,24 @@ def check_levers(cfg: Config) -> None:
     )
 
 
-def own_output_dirs(stack: ExitStack, cfg: Config, checkpointer: Any, resume: bool) -> None:
-    """Lock the run's folders against other runs, and keep what another run left there."""
-    folders = (os.path.expanduser(cfg.output_dir), checkpointer.output_dir)
-    for folder in dict.fromkeys(map(os.path.realpath, folders)):
+def own_output_dirs(
+    stack: ExitStack, cfg: Config, checkpointer: Any
+) -> tuple[Collection[str], bool]:
+    """Lock the run's folders against other runs; return them, and whether it goes on in them."""
+    both = (os.path.expanduser(cfg.output_dir), checkpointer.output_dir)
+    folders = dict.fromkeys(map(os.path.realpath, both))
+    for folder in folders:
         stack.enter_context(output_dir_lock(folder))
+    # torchrun may have started this run anew.
+    resume = cfg.resume_from_checkpoint or checkpointer.resume or any(map(was_taken, folders))
+    for folder in folders:
         refuse_other_run(
             folder,
             resume=resume,
             overwrite=cfg.overwrite_output_dir,
             inputs=[checkpointer.source_dir],
         )
+    return folders, resume
 
 
 def make_loader(

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from mytune.cli.report import DEBUG, say
-from mytune.cli.worker import FOLDER, first_failure, running, silent_ranks
+from mytune.cli.worker import FOLDER, STOP, first_failure, running, silent_ranks
 from mytune.errors import ConfigError, TuneError
 
 _WHY: dict[int, str] = {
@@ -170,6 +170,7 @@ def _pass_signals_on(folder: Path) -> Iterator[None]:
         if asked or not workers:
             raise SystemExit(128 + number)
         asked.append(number)
+        (_last_attempt(folder) / STOP).write_text(str(128 + number))
         for worker in workers:
             with suppress(ProcessLookupError):
                 os.kill(worker, number)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 # Environment variable: a folder with one for each attempt (torchrun's --max-restarts begins new
 # ones), where each process leaves a file called as its pid and, when it ends, an outcome beside it.
 FOLDER = "MYTUNE_WORKERS"
+# A file in an attempt that was asked to stop: how processes of a later one end, at once.
+STOP = "stop"
 _STOPPED = 75
 
 
@@ -29,10 +31,12 @@ def main() -> int:
     mine.write_text(os.environ["RANK"])
     threading.Thread(target=_watch, args=(mine.parent, os.getppid()), daemon=True).start()
 
-    lost = False
+    lost, stopped = False, [int(file.read_text()) for file in mine.parents[1].glob(f"*/{STOP}")]
 
     def work() -> int:
         nonlocal lost
+        if stopped:
+            return stopped[0]
         job = parse(sys.argv[1:])
         try:  # the launcher has checked the components
             return execute(job, load(job, components=False))
@@ -45,7 +49,7 @@ def main() -> int:
     part.write_text(json.dumps({"lost": lost, "time": time.time(), "code": code, "text": text}))
     part.rename(mine.with_suffix(".json"))
     # torchrun ends all ranks as soon as one fails; in a run that stops early each takes its time.
-    return 0 if code == _STOPPED else code
+    return 0 if stopped or code == _STOPPED else code
 
 
 def running(attempt: Path) -> list[int]:

@@ -38,7 +38,7 @@ __all__, __getattr__ = lazy_names(
         "progress": "ProgressBar log setup_logging",
         "report": "write_report",
         "disk": "check_disk_space write_atomic",
-        "run_dir": "output_dir_lock refuse_other_run remove_other_run",
+        "run_dir": "output_dir_lock refuse_other_run take was_taken",
         "seed": "seed_step set_deterministic set_seed",
         "signals": "StopSignal",
     },

@@ -16,11 +16,12 @@ from typing import Any
 from mytune.errors import DirectoryInUseError, ResourceError
 from mytune.training.checkpointing.publish import MANIFEST, candidates, clean_up, remove
 from mytune.training.disk import writing
-from mytune.training.distributed import barrier, rank
+from mytune.training.distributed import barrier, from_rank_0, rank, restarts
 
 log = logging.getLogger("mytune")
 
 LOCK = ".mytune.lock"
+_TAKEN = ".mytune.taken"  # a run has begun to train here, and has not ended well
 _RESULTS = ("metrics.jsonl", "summary.json")
 _FILES = (*_RESULTS, "config.yaml", "loss_curve.png")
 # A link in a folder that came from elsewhere could lead to any file.
@@ -48,8 +49,11 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
         descriptor = _acquire(lock)
     try:
         clean_up(directory)
+        if restarts() == 0:
+            (directory / _TAKEN).unlink(missing_ok=True)
         barrier()
         yield directory
+        (directory / _TAKEN).unlink(missing_ok=True)
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
@@ -132,7 +136,7 @@ def refuse_other_run(
 
     Args:
         resume: the run goes on with what is there.
-        overwrite: `remove_other_run` will remove what is there.
+        overwrite: `take` will remove what is there.
         inputs: directories this run reads; one that would be removed is refused.
 
     Raises:
@@ -159,14 +163,22 @@ def refuse_other_run(
         )
 
 
-def remove_other_run(*paths: str | Path) -> None:
-    """Remove the checkpoints and metrics that another run left in these directories."""
-    for path in paths if rank() == 0 else ():
-        checkpoints, files = _results(Path(path))
+def take(path: str | Path, *, resume: bool) -> None:
+    """Make a directory this run's; what another one left there goes, unless this one resumes."""
+    if rank() != 0:
+        return
+    with writing(Path(path)):
+        checkpoints, files = ([], []) if resume else _results(Path(path))
         for checkpoint in checkpoints:
             remove(checkpoint)
         for file in files:
             file.unlink()
+        (Path(path) / _TAKEN).touch()
+
+
+def was_taken(path: str | Path) -> bool:
+    """Say whether this run took a directory before torchrun started it anew; all ranks ask."""
+    return restarts() > 0 and from_rank_0((Path(path) / _TAKEN).exists())
 
 
 def _results(directory: Path) -> tuple[list[Path], list[Path]]:

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,47 @@ def test_recipe_checkpoint_names_the_one_to_resume_from(
     assert found is not None and found.step == step
     with pytest.raises(CheckpointError, match="has no checkpoint epoch_7"):
         Run(hf_dir, run.out, tiny.SIZES, recipe_checkpoint="epoch_7").checkpointer.latest()
+
+
+def test_a_run_from_an_older_checkpoint_sets_newer_ones_aside_and_goes_on_from_its_own(
+    hf_dir: Path, tmp_path: Path
+) -> None:
+    old = Run(hf_dir, tmp_path / "out", tiny.SIZES)
+    for saved in (1, 2, 3):
+        old.save(f"epoch_{saved - 1}", saved)
+    for step in (2, 3):  # stopped after the first, then started anew with the same command
+        branch = Run(hf_dir, old.out, tiny.SIZES, recipe_checkpoint="epoch_0")
+        found = branch.checkpointer.latest()
+        assert found is not None and found.step == step - 1
+        branch.save(f"step_{step}", step)
+        own = [f"step_{n}" for n in range(2, step + 1)]
+        names = [re.sub("[0-9a-f]{32}", "", name) for name in branch.names()]
+        assert names == ["epoch_0", "epoch_1.kept-", "epoch_2.kept-", *own]
+    newest = Run(hf_dir, old.out, tiny.SIZES).checkpointer.latest()
+    assert newest is not None and newest.path.name == "step_3"
+
+
+def test_a_step_that_a_manifest_got_wrong_is_noticed(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.save("step_1", 1)
+    manifest = run.save("step_6", 6) / "MANIFEST.json"
+    manifest.write_text(manifest.read_text().replace('"step": 6', '"step": 7'))
+    found = run.checkpointer.latest()
+    assert found is not None and found.step == 1
+    assert "is of step 7, recipe_state/state.json of step 6" in caplog.text
+
+
+def test_what_a_kill_kept_from_being_removed_is_removed_on_resume(
+    hf_dir: Path, tmp_path: Path
+) -> None:
+    run = Run(hf_dir, tmp_path / "out", tiny.SIZES)
+    for step in (1, 2, 3):
+        run.save(f"step_{step}", step)
+    (run.out / ".config.yaml.tmp-123").touch()
+    Run(hf_dir, run.out, tiny.SIZES, keep_last_n_checkpoints=2).checkpointer.latest()
+    with output_dir_lock(run.out):
+        assert run.names() == [".mytune.lock", "step_2", "step_3"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "recipe_state/optimizer.safetensors"])

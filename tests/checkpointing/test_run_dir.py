@@ -18,7 +18,7 @@ from mytune.training.run_dir import (
     LOCK,
     output_dir_lock,
     refuse_other_run,
-    remove_other_run,
+    take,
 )
 
 _HOLD = """
@@ -117,8 +117,9 @@ def test_results_of_another_run_are_not_mixed_with(tmp_path: Path) -> None:
     refuse_other_run(tmp_path, resume=True, overwrite=False)
     refuse_other_run(tmp_path, resume=False, overwrite=True)
     assert (tmp_path / "epoch_0").is_dir()  # removed only once the new run is sure to start
-    remove_other_run(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "epoch_3"}
+    take(tmp_path, resume=False)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"model.safetensors", "epoch_3", ".mytune.taken"}
 
 
 def test_a_folder_in_the_place_of_a_file_is_told_before_the_run(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_missing_package_is_told_with_how_to_install_it(
     "name",
     [
         "mytune.datasets.cache.load_or_write",
-        "mytune.training.remove_other_run",
+        "mytune.training.take",
         "mytune.training.checkpointing.publish.remove",
         "mytune.training.metric_logging._tracker",
         "mytune.config.components.allow",

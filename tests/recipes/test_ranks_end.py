@@ -124,6 +124,26 @@ def test_ranks_that_torchrun_starts_anew_go_on_from_the_last_checkpoint(
         assert a == pytest.approx(b, rel=1e-6)
 
 
+def test_a_run_asked_to_stop_while_it_loads_is_not_started_anew(start, config):
+    process = start("--nproc_per_node=2", "--max-restarts=3")
+    lock = Path(config["output_dir"], ".mytune.lock")
+    while not lock.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (75, 143), err  # the first if it had just begun to train
+    assert "resuming from" not in err
+
+
+def test_what_is_refused_is_refused_again_when_torchrun_starts_anew(start, run, config):
+    run(config)
+    before = Path(config["output_dir"], "metrics.jsonl").read_bytes()
+    process = start("--nproc_per_node=2", "--max-restarts=1", overrides=["seed=9"])
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 7 and "holds the results of another run" in err, err
+    assert Path(config["output_dir"], "metrics.jsonl").read_bytes() == before
+
+
 def test_two_nodes_make_one_run(start, run, config):
     """Two agents of torchrun, as on two machines; each starts one rank."""
     config |= {"data_parallel_shard_dim": -1}

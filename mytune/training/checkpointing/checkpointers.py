@@ -32,7 +32,15 @@ from mytune.training.checkpointing.publish import (
     verify,
 )
 from mytune.training.checkpointing.quantized import publish_quantized, read_quantized
-from mytune.training.checkpointing.resume import MODEL, OPTIMIZER, STATE, Published, latest
+from mytune.training.checkpointing.resume import (
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Branch,
+    Published,
+    latest,
+    set_aside,
+)
 from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
 from mytune.training.checkpointing.weights_io import Plan, plan_weights, write_weights
 from mytune.training.disk import check_disk_space, told_size
@@ -54,7 +62,8 @@ class _Checkpointer:
         output_dir: where checkpoints are published.
         adapter_checkpoint: a PEFT directory or file, relative to `output_dir`, `checkpoint_dir` or
             the current directory.
-        recipe_checkpoint: the checkpoint to resume from, e.g. `epoch_0`; the newest if None.
+        recipe_checkpoint: the checkpoint to resume from, e.g. `epoch_0`; the newest if None. See
+            `latest`.
         resume_from_checkpoint: torchtune's older way to ask for resuming; kept in `.resume`.
         safe_serialization: weights are safetensors; False is refused.
         should_load_recipe_state: the same as `resume_from_checkpoint`.
@@ -86,6 +95,7 @@ class _Checkpointer:
         self.resume = resume_from_checkpoint or should_load_recipe_state
         self._keep = keep_last_n_checkpoints
         self._recipe_checkpoint = recipe_checkpoint
+        self._branch: Branch | None = None
         self._adapter_checkpoint = adapter_checkpoint
         self._background = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
@@ -171,7 +181,8 @@ class _Checkpointer:
     def latest(self) -> Published | None:
         """Return the newest checkpoint in `output_dir` that is complete and verifies.
 
-        `recipe_checkpoint` names another one; a `.pt` file is torchtune's way to say "the newest".
+        `recipe_checkpoint` names another one to go on from, once: then the newest of those that
+        came from there. A `.pt` file is torchtune's way to say "the newest".
         """
         said = Path(self._recipe_checkpoint or "newest.pt")
         parts = [part.removesuffix(".pt") for part in said.parts]
@@ -179,6 +190,10 @@ class _Checkpointer:
         wanted = named[-1] if named else None if said.suffix == ".pt" else str(said)
         # One rank reads it whole, and all agree on what it found.
         found = latest(self.output_dir, wanted) if rank() == 0 else None
+        if found and wanted:
+            self._branch = Branch(wanted, found.step)
+        elif found and self._keep:  # a killed run may have left one more
+            prune(self.output_dir, self._keep, found.path)
         patient_barrier()
         name = from_rank_0(found and found.path.name)
         return (
@@ -236,12 +251,15 @@ class _Checkpointer:
         plan = None if weights is None else self.plan(_given(config), dtype)
         parts = [part for part in (adapter, tensors, trained) if part]
         held = sum(tensor.nbytes for part in parts for tensor in part.values())
-        facts = {
+        facts: dict[str, Any] = {
             "step": step,
             "format": self.format.name,
             "dtype": str(dtype).removeprefix("torch."),
             "run": dict(run or {}),
         }
+        if self._branch:
+            facts["recipe_checkpoint"] = self._branch.name
+            set_aside(self.output_dir, self._branch)
         if rank() == 0:
             check_disk_space(self.output_dir, held + (plan.nbytes if plan else 0))
         with ExitStack() as stack:
@@ -259,7 +277,7 @@ class _Checkpointer:
                 for stem, each in pieces.items():
                     write_pieces(draft, stem, each, finite=stem == MODEL)
                 if state is not None and rank() == 0:
-                    draft.add_bytes(STATE, to_json(state))
+                    draft.add_bytes(STATE, to_json({**state, "step": step}))
             if rank() == 0:
                 _report(target, draft.records)
                 if self._keep:

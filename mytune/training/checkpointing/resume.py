@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 from torch import Tensor
 
@@ -17,7 +20,7 @@ from mytune.training.checkpointing.files import PiecewiseFiles, inside, read_jso
 from mytune.training.checkpointing.formats import FORMATS
 from mytune.training.checkpointing.peft import Adapter, read_adapter
 from mytune.training.checkpointing.pieces import open_pieces
-from mytune.training.checkpointing.publish import candidates, read_manifest, verify
+from mytune.training.checkpointing.publish import MANIFEST, candidates, read_manifest, verify
 from mytune.training.checkpointing.source import Source, find_files
 
 log = logging.getLogger("mytune")
@@ -61,19 +64,23 @@ class Published:
 
 
 def latest(output_dir: Path, name: str | None = None) -> Published | None:
-    """Return the newest usable checkpoint, or the one called `name`; None if there is none at all.
+    """Return the newest usable checkpoint; None if there is none at all.
+
+    Args:
+        name: take the newest of those that came from this one, or itself.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used.
     """
-    found = [c.path for c in candidates(output_dir) if name in (None, c.path.name)]
+    found = [c.path for c in candidates(output_dir)]
+    if name:
+        came = [path for path in found if _origin(path) == name]
+        found = came + [path for path in found if path.name == name]
     if name and not found:
         raise CheckpointError(f"recipe_checkpoint: {output_dir} has no checkpoint {name}")
     skipped = []
     for path in sorted(found, key=_is_readable):
-        problems = verify(path) or _unknown_format(path)
-        if not problems and not (path / STATE).is_file():
-            problems = ["it was saved without what a run needs to go on"]
+        problems = verify(path) or _problems(path)
         if not problems:
             return Published(path, read_manifest(path))
         skipped.append(f"{path}: {'; '.join(problems)}")
@@ -87,9 +94,40 @@ def latest(output_dir: Path, name: str | None = None) -> Published | None:
     return None
 
 
-def _unknown_format(path: Path) -> list[str]:
-    said = read_manifest(path).get("format")
-    return [] if said in [fmt.name for fmt in FORMATS] else [f"its format is {said!r}"]
+class Branch(NamedTuple):
+    """A run that goes on from an older checkpoint: its name, and the step it begins after."""
+
+    name: str
+    step: int
+
+
+def set_aside(output_dir: Path, branch: Branch) -> None:
+    """Rename newer checkpoints that did not come from where a branch begins: it replaces them."""
+    for path, step in ((c.path, c.step) for c in candidates(output_dir)):
+        if step > branch.step and _origin(path) != branch.name:
+            aside = path.with_name(f"{path.name}.kept-{uuid4().hex}")
+            os.rename(path, aside)
+            log.warning("%s is newer than %s: it is now %s", path, branch.name, aside.name)
+
+
+def _origin(path: Path) -> str | None:
+    """Return the checkpoint that a run was told to go on from when it saved this one."""
+    with suppress(CheckpointError):
+        return read_manifest(path).get("recipe_checkpoint")
+    return None
+
+
+def _problems(path: Path) -> list[str]:
+    """Return what is wrong with what a manifest says, which no hash protects."""
+    manifest = read_manifest(path)
+    if manifest.get("format") not in [fmt.name for fmt in FORMATS]:
+        return [f"its format is {manifest.get('format')!r}"]
+    if not (path / STATE).is_file():
+        return ["it was saved without what a run needs to go on"]
+    step = read_json(path / STATE).get("step", manifest["step"])
+    if step != manifest["step"]:
+        return [f"{MANIFEST} is of step {manifest['step']}, {STATE} of step {step}"]
+    return []
 
 
 def _is_readable(path: Path) -> bool:
