@@ -33,6 +33,10 @@ class ConfigError(TuneError):
     exit_code = 2
 
 
+class MissingTokenizer(ConfigError):
+    """There is no tokenizer where the config says."""
+
+
 class DataError(TuneError):
     """A data file or row that cannot be used; the message names `file:row`."""
 

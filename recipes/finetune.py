@@ -31,7 +31,13 @@ from mytune.config import (
     instantiate,
 )
 from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
-from mytune.errors import ConfigError, ResourceError, StoppedEarly, UnreachableError
+from mytune.errors import (
+    ConfigError,
+    MissingTokenizer,
+    ResourceError,
+    StoppedEarly,
+    UnreachableError,
+)
 from mytune.evaluation import (
     check_limit,
     check_tasks,
@@ -429,7 +435,7 @@ def look_at_data(cfg: Config) -> tuple[RunFacts, int | None]:
     try:
         tokenizer = instantiate(cfg.tokenizer)
         data = instantiate(cfg.dataset, tokenizer)
-    except (ConfigError, UnreachableError) as error:  # a ConfigError: no tokenizer's file
+    except (MissingTokenizer, UnreachableError) as error:
         return RunFacts(epochs=cfg.epochs, unknown=error.message), None
     loader = make_loader(cfg, data, tokenizer, seed=0)
     stats, longest = loader.dataset.stats, int(loader.dataset.lengths.max())

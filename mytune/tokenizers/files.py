@@ -15,7 +15,7 @@ from typing import Any
 
 import tiktoken
 
-from mytune.errors import CheckpointError, ConfigError, ResourceError
+from mytune.errors import CheckpointError, ConfigError, MissingTokenizer, ResourceError
 
 log = logging.getLogger("mytune")
 
@@ -58,7 +58,7 @@ def find_tokenizer(path: str | Path) -> Path:
     if given.is_file() or (given.is_dir() and found):
         return given if given.is_file() else found[0]
     there = _what_is_there(folder, found)
-    raise ConfigError(f"no tokenizer file at {str(given)!r}; {there}; change tokenizer.path")
+    raise MissingTokenizer(f"no tokenizer file at {str(given)!r}; {there}; change tokenizer.path")
 
 
 def read_vocabulary(path: Path, pattern: str) -> Vocabulary:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 from torch import Tensor
@@ -23,6 +25,8 @@ from mytune.config import redact
 from mytune.errors import ConfigError, ResourceError
 from mytune.training.disk import write_atomic, writing
 from mytune.training.distributed import rank
+
+log = logging.getLogger("mytune")
 
 Scalar = Tensor | float
 
@@ -127,7 +131,18 @@ class DiskLogger(MetricLogger):
                     "change metric_logger.log_dir or filename"
                 )
             kept = [line for line in lines if _step(line) <= step]
-            write_atomic(self.path, b"".join(line + b"\n" for line in kept))
+            if len(lines) > len(kept) == 0:
+                self._set_aside()
+            else:
+                write_atomic(self.path, b"".join(line + b"\n" for line in kept))
+
+    def _set_aside(self) -> None:
+        """Keep the metrics, and the config, of a run that this one does not go on from."""
+        for path in (self.path, self.path.with_name("config.yaml")):
+            if path.exists():
+                aside = path.with_name(f"{path.stem}.kept-{uuid4().hex}{path.suffix}")
+                path.rename(aside)
+                log.warning("%s was there before: it is now %s", path, aside.name)
 
     def logged(self, step: int) -> set[str]:
         if rank() != 0 or not self.path.exists():

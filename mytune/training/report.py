@@ -45,7 +45,7 @@ def write_report(
         tokens: tokens trained on in `seconds`, by all ranks.
         parameters: how many there are, how many of them train.
         locations: what else the run has written, by name.
-        metrics: a DiskLogger's file; `output_dir/metrics.jsonl` if not given.
+        metrics: a DiskLogger's file.
 
     Returns:
         The files written, by name.
@@ -53,7 +53,7 @@ def write_report(
     if rank() != 0:
         return {}
     folder = Path(output_dir).expanduser()
-    rows = read_metrics(Path(metrics or folder / "metrics.jsonl"))
+    rows = read_metrics(Path(metrics)) if metrics else []
     written = {"summary": folder / "summary.json"}
     if curve := draw_loss_curve(rows, folder.name):
         written["loss_curve"] = folder / "loss_curve.png"
@@ -92,7 +92,7 @@ def _peaks(rows: Sequence[Row]) -> dict[str, float]:
     peaks: dict[str, float] = {}
     for row in rows:
         for name, value in row.items():
-            if "memory_" in name and value is not None:
+            if name.startswith(("peak_memory_", "memory_")) and value is not None:
                 peaks[name] = max(peaks.get(name, 0.0), value)
     return peaks
 

@@ -133,6 +133,8 @@ def test_lora_is_shared_out_only_where_it_does_not_fit_whole(gib, shared, capsys
         ([*TINY, "device=cudda", "--dry-run"], 2, "did you mean 'cuda'?"),
         ([*TINY, "dtype=fp16", "--dry-run"], 2, "use dtype=bf16"),
         ([*TINY, "batch_size=0", "--dry-run"], 2, "batch_size is 0"),
+        ([*TINY, "dataset.split=trian", "--dry-run"], 2, "trian"),
+        ([*TINY, "tokenizer.max_seq_len=0", "--dry-run"], 2, "max_seq_len is 0"),
         ([*TINY, "device_memory=-1", "--dry-run"], 2, "device_memory is -1"),
         (
             ["run", "--nnodes=0", "full_finetune_distributed", "--config", "llama3/8B_full"],

@@ -48,7 +48,7 @@ def test_one_json_object_per_step(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("stopped_at", range(7))
+@pytest.mark.parametrize("stopped_at", range(1, 7))
 def test_a_resumed_log_is_that_of_an_uninterrupted_run(tmp_path, stopped_at):
     run(DiskLogger(str(tmp_path / "whole")), 1, 6)
     logger = DiskLogger(str(tmp_path / "resumed"))
@@ -213,3 +213,18 @@ def test_a_tracker_that_does_not_start_is_one_line_with_a_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", failing)
     with pytest.raises(ResourceError, match=r"no API key; log in with `wandb login`"):
         WandBLogger()
+
+
+def test_metrics_that_a_run_does_not_go_on_from_are_kept(tmp_path, caplog):
+    logger = DiskLogger(str(tmp_path))
+    run(logger, 1, 2)
+    logger.log_config(CONFIG)
+    before = logger.path.read_bytes()
+    logger.resume_at(0)
+    run(logger, 1, 1)
+    kept = next(tmp_path.glob("metrics.kept-*.jsonl"))
+    assert kept.read_bytes() == before and f"it is now {kept.name}" in caplog.text
+    assert len(list(tmp_path.glob("config.kept-*.yaml"))) == 1 and not list(
+        tmp_path.glob("config.yaml")
+    )
+    assert len(read_metrics(logger.path)) == 1

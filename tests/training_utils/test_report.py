@@ -30,7 +30,12 @@ def folder(tmp_path):
 
 
 def test_the_summary_says_what_the_run_did(folder):
-    written = write_report(folder, **FACTS, locations={"checkpoint": folder / "epoch_0"})
+    written = write_report(
+        folder,
+        **FACTS,
+        metrics=folder / "metrics.jsonl",
+        locations={"checkpoint": folder / "epoch_0"},
+    )
     summary = json.loads(written["summary"].read_text())
     expected = {
         "final_loss": 2.0,
@@ -51,7 +56,7 @@ def test_the_summary_says_what_the_run_did(folder):
 
 def test_the_loss_curve_is_a_png(folder):
     pytest.importorskip("matplotlib")
-    written = write_report(folder, **FACTS)
+    written = write_report(folder, **FACTS, metrics=folder / "metrics.jsonl")
     assert written["loss_curve"].read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in folder.iterdir()}
     assert names == {"metrics.jsonl", "summary.json", "loss_curve.png"}
@@ -71,13 +76,15 @@ def test_without_matplotlib_the_summary_is_written_and_the_pip_command_said(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr("mytune.training.report.log.propagate", True)
     caplog.set_level("INFO", "mytune")
-    assert list(write_report(folder, **FACTS)) == ["summary"]
+    assert list(write_report(folder, **FACTS, metrics=folder / "metrics.jsonl")) == ["summary"]
     assert "pip install matplotlib" in caplog.text
 
 
 def test_without_a_log_there_is_still_a_summary(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 8.0}\n')  # of an earlier stretch
     assert list(write_report(tmp_path, **FACTS)) == ["summary"]
-    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 3 and "final_loss" not in summary
 
 
 def test_other_ranks_write_nothing(folder, monkeypatch):
