@@ -89,8 +89,6 @@ class Config:
     max_seq_length: int | None = None
     # Rows at once, or auto.
     batch_size: int | str = 8
-    # For tasks that generate: keep keys and values of earlier tokens.
-    enable_kv_cache: bool = True
     # Quantize the loaded weights (the base too); null for a checkpoint that is quantized already.
     quantizer: Component | None = None
     # Write every document with its answers and scores, too, to evaluation_samples.jsonl.
@@ -205,7 +203,6 @@ def measure(
         limit=cfg.limit,
         batch_size=cfg.batch_size,
         max_seq_length=cfg.max_seq_length,
-        enable_kv_cache=cfg.enable_kv_cache,
         chat_template=read_chat_template(cfg.chat_template),
         fewshot_as_multiturn=cfg.fewshot_as_multiturn,
         system_instruction=cfg.system_instruction,

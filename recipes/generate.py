@@ -100,8 +100,6 @@ class Config:
     device: str = "cuda"
     # Of weights and computation: bf16 or fp32.
     dtype: str = "bf16"
-    # Keep keys and values of earlier tokens; without, every token reads the whole text again.
-    enable_kv_cache: bool = True
     # Compile the step for one token: it takes a while, then every token takes less. On a CPU that
     # is for quantized weights; others are packed.
     compile: bool = False
@@ -149,7 +147,6 @@ def main(cfg: Config) -> int:
     settings: dict[str, Any] = {
         "max_new_tokens": cfg.max_new_tokens,
         "generator": generator,
-        "enable_kv_cache": cfg.enable_kv_cache,
         "compile": cfg.compile,
         **sampling,
     }

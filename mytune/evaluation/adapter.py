@@ -43,7 +43,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         batch_size: rows at once, or "auto".
         max_seq_length: longest context and continuation; at most the model's positions.
         chat_template: a checkpoint's own, in the place of the tokenizer's chat format.
-        enable_kv_cache: generate with one; without, every token reads the whole text again.
         seed: of generation that samples.
         stop: see `evaluate`.
     """
@@ -56,7 +55,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         batch_size: int | str = "auto",
         max_seq_length: int | None = None,
         chat_template: ChatTemplate | None = None,
-        enable_kv_cache: bool = True,
         seed: int = 0,
         stop: StopSignal | None = None,
     ) -> None:
@@ -64,7 +62,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         check_batch_size(batch_size)
         self.model = model
         self._tokenizer, self._template, self._stop = tokenizer, chat_template, stop
-        self.batch_size, self._enable_kv_cache, self._seed = batch_size, enable_kv_cache, seed
+        self.batch_size, self._seed = batch_size, seed
         positions = model.config.max_seq_len
         self.max_length = min(max_seq_length or positions, positions)
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
@@ -193,7 +191,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             self._tokenizer,
             [replace(prompt, ids=prompt.ids[-room:]) for prompt, room in both],
             batch_size=self.batch_size,
-            enable_kv_cache=self._enable_kv_cache,
             seed=self._seed,
             stop=self._stop,
         )

@@ -41,7 +41,6 @@ def continue_prompts(
     prompts: Sequence[Prompt],
     *,
     batch_size: int | str = "auto",
-    enable_kv_cache: bool = True,
     seed: int = 0,
     stop: StopSignal | None = None,
 ) -> list[str]:
@@ -70,7 +69,6 @@ def continue_prompts(
             stop=prompts[batch[0]].until,
             max_new_tokens=[prompts[i].max_new_tokens for i in batch],
             generator=torch.Generator(device).manual_seed(seed + batch[0]),
-            enable_kv_cache=enable_kv_cache,
             **prompts[batch[0]].sampling,
         )
         return {i: each.text for i, each in zip(batch, completions, strict=True)}

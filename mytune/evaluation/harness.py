@@ -30,7 +30,6 @@ def evaluate(
     limit: float | None = None,
     batch_size: int | str = "auto",
     max_seq_length: int | None = None,
-    enable_kv_cache: bool = True,
     chat_template: bool | ChatTemplate = False,
     fewshot_as_multiturn: bool = False,
     system_instruction: str | None = None,
@@ -50,7 +49,6 @@ def evaluate(
         limit: documents per task; below 1, a share of them.
         batch_size: rows at once, or "auto".
         max_seq_length: tokens of context and continuation; if None, all that the model takes.
-        enable_kv_cache: see `mytune.generation.generate`.
         chat_template: put questions, and examples, into the tokenizer's chat format, or this one.
         fewshot_as_multiturn: with it, examples are turns of their own.
         system_instruction: a system message, or a text before all else.
@@ -73,7 +71,6 @@ def evaluate(
         batch_size=batch_size,
         max_seq_length=max_seq_length,
         chat_template=chat_template if isinstance(chat_template, ChatTemplate) else None,
-        enable_kv_cache=enable_kv_cache,
         seed=seed,
         stop=stop,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from mytune.errors import ConfigError, NumericalError
 from mytune.generation.kv_cache import BranchedKVCache, KVCache
 from mytune.generation.packing import can_compile
-from mytune.generation.reading import CachedReader, StaticReader, UncachedReader
+from mytune.generation.reading import CachedReader, StaticReader
 from mytune.generation.sampling import Sampler, Sampling, check_sampling
 from mytune.generation.trees import Tree, common_beginning, plant_if_alike
 from mytune.modules.decoder import Decoder, DecoderConfig
@@ -99,7 +99,6 @@ class Decoding:
         stop_tokens: end a row; they are not part of it.
         logprobs: keep each token's log-probability.
         generator: of the model's device; the same seed gives the same tokens.
-        enable_kv_cache: keep keys and values; if not, every token reads the whole text again.
         compile: compile the step for one token per row, if `can_compile`; takes a while, worth it
             for many steps.
         prompt_cache: what is known of a single prompt, and is to be kept for the next one.
@@ -120,7 +119,6 @@ class Decoding:
         stop_tokens: Collection[int] = (),
         logprobs: bool = False,
         generator: torch.Generator | None = None,
-        enable_kv_cache: bool = True,
         compile: bool = False,
         prompt_cache: PromptCache | None = None,
         **sampling: Unpack[Sampling],
@@ -153,15 +151,13 @@ class Decoding:
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
         self._choose = Sampler(repeated, model.config.vocab_size, device, generator, sampling)
         if prompt_cache:
-            self._reader: CachedReader | UncachedReader = prompt_cache.reader
-        elif enable_kv_cache:
+            self._reader = prompt_cache.reader
+        else:
             length = self._tokens.shape[1] + max(limits)
             before = [prompt[:-1] for prompt in prompts]  # the last token's logits are to come
             self._trees = plant_if_alike(before) if any(before) else []
             common = common_beginning(before) if self._trees else 0
             self._reader = _cached_reader(model, len(prompts), length, pads, compile, common)
-        else:
-            self._reader = UncachedReader(model, pads)
 
     def stop(self, row: int) -> None:
         """End a row after the tokens that it has, even if they are all that it may have."""
@@ -208,7 +204,6 @@ class Decoding:
         """Return the logits [b, vocab] after the prompts."""
         if not self._trees:
             return self._reader.read(self._tokens)
-        assert isinstance(self._reader, CachedReader)
         self._reader.read_trees(self._trees)
         return self._reader.read(self._tokens[:, -1:])
 
@@ -235,7 +230,6 @@ def generate(
     max_new_tokens: int,
     stop_tokens: Collection[int] = (),
     generator: torch.Generator | None = None,
-    enable_kv_cache: bool = True,
     compile: bool = False,
     prompt_cache: PromptCache | None = None,
     **sampling: Unpack[Sampling],
@@ -251,7 +245,6 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop_tokens=stop_tokens,
         generator=generator,
-        enable_kv_cache=enable_kv_cache,
         compile=compile,
         prompt_cache=prompt_cache,
         **sampling,
@@ -267,7 +260,6 @@ def generate_batch(
     num_samples: int = 1,
     stop_tokens: Collection[int] = (),
     generator: torch.Generator | None = None,
-    enable_kv_cache: bool = True,
     compile: bool = False,
     **sampling: Unpack[Sampling],
 ) -> list[list[int]]:
@@ -283,7 +275,6 @@ def generate_batch(
         num_samples=num_samples,
         stop_tokens=stop_tokens,
         generator=generator,
-        enable_kv_cache=enable_kv_cache,
         compile=compile,
         **sampling,
     )

@@ -230,38 +230,6 @@ def _static_block(
     return out
 
 
-class UncachedReader:
-    """Reads the whole text again for every token; for comparison.
-
-    Args:
-        model: a decoder.
-        pads: how many of the first tokens of each row are padding, [b]; None if none are.
-    """
-
-    def __init__(self, model: Decoder, pads: Tensor | None = None) -> None:
-        self.model, self.pads = model, pads
-        self._read: Tensor | None = None
-
-    @torch.inference_mode()
-    def read(self, tokens: Tensor) -> Tensor:
-        """Read the next tokens [b, s] of every row; return the logits after the last, [b, v]."""
-        self._read = tokens if self._read is None else torch.cat((self._read, tokens), dim=1)
-        slots = torch.arange(self._read.shape[1], device=tokens.device)
-        positions, mask = slots[None], None
-        if self.pads is not None:
-            positions = positions_of(slots, self.pads)
-            mask = padded_mask(slots, slots, self.pads)
-        hidden = self.model(self._read, positions, mask, output_hidden=True)
-        return self.model.head(hidden[:, -1])
-
-    def repeat(self, times: int) -> None:
-        """Make `times` rows of every row, side by side."""
-        if self._read is not None:
-            self._read = self._read.repeat_interleave(times, dim=0)
-        if self.pads is not None:
-            self.pads = self.pads.repeat_interleave(times)
-
-
 def positions_of(slots: Tensor, pads: Tensor) -> Tensor:
     """Return the positions [b, s] of slots [s] in rows that begin with padding."""
     return (slots[None] - pads[:, None]).clamp(min=0)

@@ -140,10 +140,6 @@ def test_a_batch_size_changes_nothing(random_pair, tasks_folder, batch_size):
     compare(random_pair, list(TASKS), tasks_folder, ours={"batch_size": batch_size})
 
 
-def test_without_a_cache_texts_are_the_same(random_pair, tasks_folder):
-    compare(random_pair, ["writing"], tasks_folder, ours={"enable_kv_cache": False})
-
-
 def test_what_is_too_long_loses_its_beginning_and_is_counted(random_pair, tasks_folder, caplog):
     short = ({"max_seq_length": 40}, {"max_length": 40})
     compare(random_pair, list(TASKS), tasks_folder, ours=short[0], theirs=short[1])

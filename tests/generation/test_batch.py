@@ -10,7 +10,7 @@ import torch
 from mytune.errors import ConfigError, NumericalError
 from mytune.generation import Decoding, KVCache, generate, generate_batch, pack_linears
 from mytune.generation.generate import _left_padded
-from mytune.generation.reading import CachedReader, StaticReader, UncachedReader
+from mytune.generation.reading import CachedReader, StaticReader
 from tests.generation.conftest import VARIED
 from tests.hf import twins
 
@@ -27,7 +27,6 @@ def kv_cache(model, rows, length=64):
 READERS = {
     "growing": lambda model, pads: CachedReader(model, kv_cache(model, 4), pads),
     "static": lambda model, pads: StaticReader(model, kv_cache(model, 4), pads),
-    "none": UncachedReader,
 }
 
 
@@ -161,7 +160,7 @@ def decoded(model, prompts, **settings):
 WARM = {"temperature": 1.0, "repetition_penalty": 1.2, "num_samples": 2}
 
 
-@pytest.mark.parametrize("settings", [{}, WARM, {"enable_kv_cache": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, WARM], ids=str)
 def test_reading_ahead_changes_nothing(settings, monkeypatch):
     """As on a GPU, which begins with a step before the CPU knows the token."""
     model, _ = twins(**VARIED)
