@@ -6,8 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-# What could steer a terminal: texts of files and models can hold it.
-CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 class TuneError(Exception):
@@ -103,16 +102,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def printable(text: str) -> str:
+    """Return a text without what could steer a terminal: texts of files and models can hold it."""
+    return text.translate(_CONTROL)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+def did_you_mean(name: str, candidates: Iterable[str], most: int = 1) -> str:
     """Return `"; did you mean 'x'?"` for what begins so or is nearest, or an empty string."""
     names = list(candidates)
     begun = sorted(each for each in names if len(name) > 3 and each.startswith(name))[:3]
-    near = begun or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    near = begun or difflib.get_close_matches(name, names, n=most, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from mytune.config import Component, component, instantiate
-from mytune.errors import CONTROL, ConfigError
+from mytune.errors import ConfigError, printable
 from mytune.generation import (
+    COMPILES,
     Decoding,
     PromptCache,
     Sampling,
@@ -121,9 +122,7 @@ def main(cfg: Config) -> int:
     model = load_for_inference(model, checkpointer, device, dtype)
     pack_linears(model)
     if cfg.compile:
-        first = "the first tokens take a while"
-        left = "left out: on a CPU it is for quantized weights, and not for all of them"
-        log.info("compile: %s", first if can_compile(model) else left)
+        log.info("compile: %s", COMPILES[can_compile(model)])
     cache = PromptCache(model, length, compile=cfg.compile)
     settings = {"max_new_tokens": cfg.max_new_tokens, "generator": generator, **sampling}
     log.info("Type a message, or /help.")
@@ -261,7 +260,7 @@ def cut(decoding: Decoding, speaker: Speaker) -> str:
 
 def show(text: str) -> str:
     """Print a piece of an answer; return it as it was printed."""
-    text = text.translate(CONTROL)
+    text = printable(text)
     print(text, end="", flush=True)
     return text
 

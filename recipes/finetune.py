@@ -44,7 +44,6 @@ from mytune.evaluation import (
     evaluate_scores,
     load_tasks,
     read_chat_template,
-    refuse_generation,
 )
 from mytune.modules import (
     Decoder,
@@ -67,6 +66,8 @@ from mytune.training import (
     check_disk_space,
     check_finite,
     check_optimizer,
+    check_output_dir,
+    check_sharding,
     check_step_in_backward,
     checkpoint_activations,
     clip_grad_norm,
@@ -95,9 +96,6 @@ from mytune.training import (
     process_group,
     rank,
     recomputed_blocks,
-    refuse_other_run,
-    refuse_replicated,
-    refuse_sharded,
     reset_peak_memory,
     reshard,
     seed_step,
@@ -264,8 +262,7 @@ class Measurement(NamedTuple):
 def main(cfg: Config) -> None:
     """Run the whole fine-tuning: prepare, train, save, report."""
     setup_logging(cfg.log_level, rank())
-    check_counts(cfg)
-    check_levers(cfg)
+    check(cfg)
     if cfg.eval_tasks:
         check_may_run(cfg.eval_tasks, cfg.eval_include_path)
     if cfg.dry_run:
@@ -279,7 +276,7 @@ def main(cfg: Config) -> None:
 
     with ExitStack() as stack:
         stack.enter_context(process_group(device, cfg.distributed_timeout))
-        folders, resume = own_output_dirs(stack, cfg, checkpointer)
+        folders, resume = lock_output_dirs(stack, cfg, checkpointer)
         stack.callback(checkpointer.finish)  # also after an error, and before the lock goes
         resumed = checkpointer.latest() if resume else None
         if resume and not resumed:
@@ -297,12 +294,13 @@ def main(cfg: Config) -> None:
         val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
         tasks = load_tasks(cfg.eval_tasks, cfg.eval_include_path) if cfg.eval_tasks else None
         chat = read_chat_template(cfg.eval_chat_template)
-        run = identity(cfg, loader, tokenizer, seed, dtype)
+        run = run_identity(cfg, loader, tokenizer, seed, dtype)
         check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
 
         model = build_model(cfg, checkpointer, tokenizer, dtype)
-        if (longest := int(loader.dataset.lengths.max())) > model.config.max_seq_len:
+        longest = int(loader.dataset.lengths.max())
+        if longest > model.config.max_seq_len:
             log.warning(
                 "rows have up to %d tokens, the model %d positions: set tokenizer.max_seq_len",
                 longest,
@@ -313,15 +311,16 @@ def main(cfg: Config) -> None:
         stack.callback(logger.close)
         profiler = stack.enter_context(instantiate(cfg.profiler))
 
-        settings = settle(cfg, model, device, dtype, loader.dataset.pad_to or longest)
-        refuse_sharded(cfg.optimizer, settings.shard_ranks)
+        settings = choose_memory_settings(
+            cfg, model, device, dtype, loader.dataset.pad_to or longest
+        )
+        check_sharding(cfg.optimizer, settings.shard_ranks, cfg.optimizer_in_bwd)
         if tasks:
-            check_tasks(tasks, model.config.max_seq_len)
-            refuse_generation(tasks, settings.shard_ranks)
+            check_tasks(tasks, model.config.max_seq_len, settings.shard_ranks)
         load_model(cfg, model, checkpointer, resumed, device, settings, seed)
         optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         offload = (cfg.enable_activation_offloading, cfg.activation_offloading_use_streams)
-        forward = offload_activations(model, *offload)(loss_fn)  # a context around each call
+        loss_of = offload_activations(model, *offload)(loss_fn)  # a context around each call
         in_backward = StepInBackward(optimizer) if cfg.optimizer_in_bwd else None
         if resumed:
             load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
@@ -367,7 +366,7 @@ def main(cfg: Config) -> None:
             for batch in micro_batches:
                 last = batch is micro_batches[-1]
                 sync_gradients(model, last or cfg.fsdp_sync_every_micro_batch)
-                part = forward(model, to_device(batch, device)) / max(tokens, 1)
+                part = loss_of(model, to_device(batch, device)) / max(tokens, 1)
                 part.backward()
                 loss += part.detach()
             sum_gradients(model.parameters())
@@ -392,7 +391,7 @@ def main(cfg: Config) -> None:
             metrics["tokens_per_second_per_gpu"] = speed
             if cfg.log_peak_memory_stats:
                 metrics |= memory_stats(device)
-            if step % cfg.log_every_n_steps == 0:
+            if is_due(step, cfg.log_every_n_steps):
                 logger.log_dict(metrics, step)
             progress.update(step, loss_value, speed)
             profiler.step()
@@ -422,15 +421,15 @@ def main(cfg: Config) -> None:
 def dry_run(cfg: Config) -> None:
     """Print what this run would take, and whether it fits; no weight is read, nothing written."""
     device = planned_device(cfg.device)
-    facts, seq_len = look_at_data(cfg)
+    facts, seq_len = count_data(cfg)
     model, settings, plan = plan_run(cfg, device, seq_len)
     speed = measured_speed(cfg.output_dir, model)
     print(describe_plan(plan, settings, model, facts, world_size=world_size(), speed=speed))
     if plan.fits is False:
-        raise ResourceError(f"the run does not fit; {what_would_fit(cfg, device, seq_len)}")
+        raise ResourceError(f"the run does not fit; {suggest_settings(cfg, device, seq_len)}")
 
 
-def look_at_data(cfg: Config) -> tuple[RunFacts, int | None]:
+def count_data(cfg: Config) -> tuple[RunFacts, int | None]:
     """Return rows and steps of the run and tokens of the longest row; None where data are away."""
     try:
         tokenizer = instantiate(cfg.tokenizer)
@@ -463,12 +462,12 @@ def plan_run(
         model = instantiate(cfg.model)
     seq_len = seq_len or cfg.tokenizer.get("max_seq_len") or min(2048, model.config.max_seq_len)
     dtype = get_dtype(cfg.dtype, torch.device("cpu"))
-    settings = settle(cfg, model, device, dtype, seq_len)
+    settings = choose_memory_settings(cfg, model, device, dtype, seq_len)
     memory = device_memory(device, cfg.device_memory)
     return model, settings, plan_memory(model, instantiate(cfg.loss), settings, memory)
 
 
-def settle(
+def choose_memory_settings(
     cfg: Config, model: Decoder, device: torch.device, dtype: torch.dtype, seq_len: int
 ) -> StepSettings:
     """Decide what depends on memory: how many ranks share the model, what is recomputed."""
@@ -502,7 +501,7 @@ def settle(
     return settings
 
 
-def what_would_fit(cfg: Config, device: torch.device, seq_len: int | None) -> str:
+def suggest_settings(cfg: Config, device: torch.device, seq_len: int | None) -> str:
     """Return what to type so that the run fits: settings that need less, else more devices."""
     if cfg.ac_mode == "auto":  # it has tried to recompute all
         cfg = replace(cfg, ac_mode="full")
@@ -517,8 +516,8 @@ def what_would_fit(cfg: Config, device: torch.device, seq_len: int | None) -> st
     return f"it would on {ranks} devices that share the model{words and f', with {words}'}"
 
 
-def check_counts(cfg: Config) -> None:
-    """Refuse numbers of steps and epochs below 1."""
+def check(cfg: Config) -> None:
+    """Raise ConfigError for numbers and combinations that cannot be, before anything is loaded."""
     keys = ("epochs", "save_every_n_steps", "run_val_every_n_steps", "batch_size_val")
     keys += ("log_every_n_steps", "eval_every_n_steps")
     counts = {key: getattr(cfg, key) for key in keys}
@@ -529,17 +528,13 @@ def check_counts(cfg: Config) -> None:
         raise ConfigError(f"device_memory is {cfg.device_memory}; it must be above 0 GiB, or null")
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
         raise ConfigError(f"clip_grad_norm is {cfg.clip_grad_norm}; it must be above 0, or null")
-
-
-def check_levers(cfg: Config) -> None:
-    """Refuse what saves memory where it cannot work, before anything is loaded."""
     recomputed_blocks(1, cfg.enable_activation_checkpointing, cfg.ac_mode, cfg.ac_option)
     check_step_in_backward(
         cfg.optimizer, cfg.optimizer_in_bwd, cfg.gradient_accumulation_steps, cfg.clip_grad_norm
     )
 
 
-def own_output_dirs(
+def lock_output_dirs(
     stack: ExitStack, cfg: Config, checkpointer: Any
 ) -> tuple[Collection[str], bool]:
     """Lock the run's folders against other runs; return them, and whether it goes on in them."""
@@ -550,7 +545,7 @@ def own_output_dirs(
     # torchrun may have started this run anew.
     resume = cfg.resume_from_checkpoint or checkpointer.resume or any(map(was_taken, folders))
     for folder in folders:
-        refuse_other_run(
+        check_output_dir(
             folder,
             resume=resume,
             overwrite=cfg.overwrite_output_dir,
@@ -606,7 +601,7 @@ def as_list(one_or_many: Any) -> list[Any]:
     return one_or_many if isinstance(one_or_many, list) else [one_or_many]
 
 
-def identity(
+def run_identity(
     cfg: Config, loader: BatchLoader, tokenizer: ModelTokenizer, seed: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return what makes a run this run; every checkpoint of it says so."""
@@ -649,7 +644,7 @@ def build_model(
     total, trained = count_parameters(model)
     log.info("model: %s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
     check_vocabulary(tokenizer, model.config.vocab_size)
-    check_room(cfg, checkpointer, model, dtype)
+    check_first_checkpoint_fits(cfg, checkpointer, model, dtype)
     return model
 
 
@@ -666,7 +661,6 @@ def load_model(
     checkpoint_activations(model, settings.recompute, settings.keep_products)
     compile_blocks(model, cfg.compile)
     shard(cfg, model, device, settings.shard_ranks)
-    refuse_replicated(model, cfg.optimizer_in_bwd)
     has_adapters = bool(adapter_state(model))
     weights = (checkpointer if has_adapters or not resumed else resumed).weights(model.config)
     load_weights(model, weights, device, settings.dtype)
@@ -688,7 +682,9 @@ def shard(cfg: Config, model: Decoder, device: torch.device, ranks: int) -> None
     )
 
 
-def check_room(cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtype) -> None:
+def check_first_checkpoint_fits(
+    cfg: Config, checkpointer: Any, model: Decoder, dtype: torch.dtype
+) -> None:
     """Refuse to start where the first checkpoint would not fit on the disk."""
     adapters = bool(adapter_state(model))  # of float32, and saved beside what they are merged into
     trained = count_parameters(model)[1] * (4 if adapters else dtype.itemsize)

@@ -24,8 +24,9 @@ import torch
 
 from mytune.config import Component, instantiate
 from mytune.datasets import OpenAIToMessages, open_source
-from mytune.errors import CONTROL, ConfigError, DataError, shortened
+from mytune.errors import ConfigError, DataError, printable, shortened
 from mytune.generation import (
+    COMPILES,
     Sampling,
     TextStream,
     can_compile,
@@ -139,9 +140,7 @@ def main(cfg: Config) -> int:
     together = 1 if streamed else cfg.batch_size * cfg.num_samples
     pack_linears(model, together)
     if cfg.compile:
-        first = "the first tokens take a while"
-        left = "left out: on a CPU it is for quantized weights, and not for all of them"
-        log.info("compile: %s", first if can_compile(model) else left)
+        log.info("compile: %s", COMPILES[can_compile(model)])
     bytes_read = bytes_per_token(model)
 
     settings: dict[str, Any] = {
@@ -155,7 +154,7 @@ def main(cfg: Config) -> int:
         stops = stop_ids(tokenizer, cfg.stop or ())
         tokens = generate(model, prompts[0], stop_tokens=stops, **settings)
         if isinstance(cfg.prompt, str):
-            print(printable(cfg.prompt), end="", flush=True)
+            print(for_terminal(cfg.prompt), end="", flush=True)
         count, interrupted = stream(tokens, TextStream(tokenizer.stream_decoder(), cfg.stop or ()))
     else:
         settings |= {"num_samples": cfg.num_samples, "logprobs": cfg.logprobs}
@@ -321,19 +320,19 @@ def stream(tokens: Iterator[int], text: TextStream) -> tuple[int, bool]:
     try:
         for token in tokens:
             count += 1
-            print(printable(text.put(token)), end="", flush=True)
+            print(for_terminal(text.put(token)), end="", flush=True)
             if text.stopped:
                 break
     except KeyboardInterrupt:
         interrupted = True
     finally:  # an error is told on a line of its own
-        print(printable(text.flush()), flush=True)
+        print(for_terminal(text.flush()), flush=True)
     return count, interrupted
 
 
-def printable(text: str) -> str:
+def for_terminal(text: str) -> str:
     """Return a text without what would steer a terminal, if it goes to one."""
-    return text.translate(CONTROL) if sys.stdout.isatty() else text
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def report(tokens: int, seconds: float, bytes_read: int | None, device: torch.device) -> None:

@@ -89,7 +89,7 @@ class Config:
 def main(cfg: Config) -> None:
     """Measure the model, quantize and save it, load it again and measure that."""
     setup_logging(cfg.log_level)
-    check_counts(cfg)
+    check(cfg)
     device = get_device(cfg.device)
     dtype = get_dtype(cfg.dtype, device)
     set_deterministic(cfg.cudnn_deterministic_mode)
@@ -97,7 +97,7 @@ def main(cfg: Config) -> None:
     target = Path(cfg.output_dir).expanduser() / "quantized"
 
     with output_dir_lock(target.parent):
-        refuse_other_run(target, cfg.overwrite_output_dir, checkpointer.source_dir)
+        check_target(target, cfg.overwrite_output_dir, checkpointer.source_dir)
         model = build_model(cfg)
         checkpointer.plan(model.config, dtype)  # finds weights that are not the model's
         check_quantizer(quantizer, model, device, dtype, save=True)
@@ -125,7 +125,7 @@ def main(cfg: Config) -> None:
         report(cfg, target, device, before, after)
 
 
-def check_counts(cfg: Config) -> None:
+def check(cfg: Config) -> None:
     """Refuse numbers and combinations that cannot be."""
     problems = []
     if cfg.max_seq_len < 2:
@@ -140,7 +140,7 @@ def check_counts(cfg: Config) -> None:
         raise ConfigError("; ".join(problems))
 
 
-def refuse_other_run(target: Path, overwrite: bool, source_dir: Path) -> None:
+def check_target(target: Path, overwrite: bool, source_dir: Path) -> None:
     """Keep what another run has saved, unless told otherwise; never replace what is read."""
     if target.resolve() == source_dir.resolve():
         raise ConfigError(f"output_dir: {target} is the checkpoint to be quantized; choose another")

@@ -12,12 +12,12 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from mytune.errors import (
-    CONTROL,
     ResourceError,
     StoppedEarly,
     TuneError,
     first_line,
     is_out_of_memory,
+    printable,
 )
 
 DEBUG = "MYTUNE_DEBUG"  # environment variable, so that the workers of a run see it too
@@ -110,7 +110,7 @@ def _explain(error: Exception) -> tuple[int, str]:
         say(trace)
     told = known or _bug(error, trace)
     kind = "stopped early" if isinstance(told, StoppedEarly) else "error"
-    return told.exit_code, redact(f"{kind}: {told}").translate(CONTROL)
+    return told.exit_code, printable(redact(f"{kind}: {told}"))
 
 
 def _environment(error: Exception) -> ResourceError | None:

@@ -89,7 +89,7 @@ def _last_attempt(folder: Path) -> Path:
     return max(folder.iterdir(), key=lambda each: int(each.name), default=folder)
 
 
-def _refuse(message: str) -> NoReturn:
+def _usage_error(message: str) -> NoReturn:
     raise ConfigError(f"torchrun's options: {message}; `torchrun --help` lists them")
 
 
@@ -113,7 +113,7 @@ def _parse(options: Sequence[str], what: Sequence[str] = ("none",)) -> argparse.
     from torch.distributed import run
 
     launcher = run.get_args_parser()
-    launcher.error = _refuse  # type: ignore[method-assign]
+    launcher.error = _usage_error  # type: ignore[method-assign]
     return launcher.parse_args([*_defaults(options), *options, *what])
 
 

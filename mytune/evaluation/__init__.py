@@ -7,7 +7,7 @@ __all__, __getattr__ = lazy_names(
     {
         "adapter": "HarnessModel",
         "batches": "check_batch_size",
-        "tasks": "check_limit check_lm_eval check_tasks load_tasks refuse_generation",
+        "tasks": "check_limit check_lm_eval check_tasks load_tasks",
         "chat_template": "ChatTemplate read_chat_template",
         "harness": "evaluate evaluate_scores",
         "results": (

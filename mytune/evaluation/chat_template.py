@@ -42,7 +42,11 @@ class ChatTemplate:
         del environment.globals["lipsum"]  # makes texts of any length
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         today = datetime.now().strftime
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": today, **tokens}
+        environment.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": today,
+            **tokens,
+        }
         # Marks what an assistant says, which matters to those who train on it.
         source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
         source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
@@ -106,5 +110,5 @@ def _read(path: Path) -> tuple[Path, str, dict[str, str]]:
     return path, template, {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import logging
@@ -14,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mytune.errors import ConfigError, DataError, ResourceError, UnreachableError, is_network
+from mytune.errors import (
+    ConfigError,
+    DataError,
+    ResourceError,
+    UnreachableError,
+    did_you_mean,
+    is_network,
+)
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -79,11 +85,12 @@ def load_tasks(
     return loaded
 
 
-def check_tasks(tasks: Tasks, positions: int) -> None:
-    """Refuse tasks that would fail once the model is asked, before its weights are loaded.
+def check_tasks(tasks: Tasks, positions: int, ranks: int = 1) -> None:
+    """Find tasks that would fail once the model is asked, before its weights are loaded.
 
     Args:
         positions: of the longest context and answer together, in tokens.
+        ranks: how many share the model's weights, each with texts of its own.
 
     Raises:
         ConfigError: naming all of them.
@@ -91,7 +98,7 @@ def check_tasks(tasks: Tasks, positions: int) -> None:
     problems = [
         f"{name} {problem}"
         for name, task in tasks["tasks"].items()
-        for problem in _problems(task, positions)
+        for problem in _problems(task, positions, ranks)
     ]
     if len(problems) == 1:
         raise ConfigError(f"task {problems[0]}")
@@ -99,7 +106,7 @@ def check_tasks(tasks: Tasks, positions: int) -> None:
         raise ConfigError(f"{len(problems)} tasks cannot be measured", problems)
 
 
-def _problems(task: Any, positions: int) -> Iterator[str]:
+def _problems(task: Any, positions: int, ranks: int) -> Iterator[str]:
     from mytune.evaluation.adapter import read_generation
 
     if getattr(task, "UNSAFE_CODE", False):
@@ -115,6 +122,11 @@ def _problems(task: Any, positions: int) -> Iterator[str]:
         elif task.aggregation().get(name, sum) is None:  # what it lacks is averaged
             yield f"has the metric {name} with an aggregation that lm_eval does not know"
     if task.OUTPUT_TYPE == "generate_until":
+        if ranks > 1:
+            yield (
+                "generates text, which ranks that share a model cannot do while training; "
+                "evaluate a checkpoint with eleuther_eval instead"
+            )
         try:
             most, *_ = read_generation(task.get_config("generation_kwargs") or {})
         except ConfigError as error:
@@ -161,20 +173,6 @@ def _reason(error: BaseException) -> str:
     return str(error).partition("\n")[0] or "it does not say why"
 
 
-def refuse_generation(tasks: Tasks, ranks: int) -> None:
-    """Refuse tasks that generate text while `ranks` share the weights and each has its own texts.
-
-    Raises:
-        ConfigError: naming these tasks.
-    """
-    named = tasks["tasks"].items() if ranks > 1 else ()
-    if found := [name for name, task in named if task.OUTPUT_TYPE == "generate_until"]:
-        raise ConfigError(
-            f"eval_tasks: {', '.join(found)} generates text, which ranks that share a model cannot "
-            "do while training; evaluate a checkpoint with eleuther_eval instead"
-        )
-
-
 def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
     """Return the index of all tasks, or of the user's alone if that suffices: it takes no time."""
     from lm_eval.tasks import TaskManager
@@ -189,7 +187,7 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
     if unknown := [n for n in names if n not in manager.all_tasks and n not in files]:
         if folder and (damaged := _not_yaml(Path(folder))):
             raise ConfigError(f"include_path: {'; '.join(damaged)}")
-        problems = [f"{name}{_nearest(name, manager.all_tasks)}" for name in unknown]
+        problems = [f"{name}{did_you_mean(name, manager.all_tasks, most=3)}" for name in unknown]
         where = "" if folder else "; include_path names a folder with tasks of your own"
         raise ConfigError(f"tasks: lm_eval has no {'; no '.join(problems)}{where}")
     return manager
@@ -206,11 +204,6 @@ def _not_yaml(folder: Path) -> list[str]:
             where = f"{file}:{mark.line + 1}" if mark else str(file)
             found.append(f"{where}: not valid YAML: {getattr(error, 'problem', error)}")
     return found
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f" (nearest: {', '.join(near)})" if near else ""
 
 
 def _load(manager: TaskManager, name: str) -> Tasks:

@@ -9,11 +9,12 @@ from mytune.generation.generate import (
     generate_batch,
 )
 from mytune.generation.kv_cache import KVCache
-from mytune.generation.packing import can_compile, pack_linears
+from mytune.generation.packing import COMPILES, can_compile, pack_linears
 from mytune.generation.sampling import Sampling, check_sampling, sample
 from mytune.generation.text import Completion, TextStream, complete, stop_ids
 
 __all__ = [
+    "COMPILES",
     "Completion",
     "Decoding",
     "KVCache",

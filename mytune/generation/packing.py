@@ -111,6 +111,13 @@ def _joinable(weight: Tensor) -> Layout | None:
     return cpu_layout(weight) if weight.device.type == "cpu" else None
 
 
+# What to tell a user who asks for it, by `can_compile`.
+COMPILES = {
+    True: "the first tokens take a while",
+    False: "left out: on a CPU it is for quantized weights, and not for all of them",
+}
+
+
 def can_compile(model: Decoder) -> bool:
     """Say whether torch.compile can be used on a model's blocks.
 

@@ -84,7 +84,7 @@ class Llama3Tokenizer:
         vocabulary = read_vocabulary(self.path, PATTERN)
         self.special_tokens = _special_tokens(vocabulary, special_tokens_path)
         source = special_tokens_path or self.path
-        _refuse_clash(self.special_tokens, vocabulary, source)
+        _check_special_ids(self.special_tokens, vocabulary, source)
         id_of = partial(_find_id, self.special_tokens, source)
         self.bos_id = id_of("<|begin_of_text|>")
         self.eos_id = id_of("<|end_of_text|>")
@@ -201,7 +201,9 @@ def _special_tokens(vocabulary: Vocabulary, path: str | Path | None) -> dict[str
     return {name: i for i, name in enumerate(SPECIAL_TOKENS, len(vocabulary.tokens))}
 
 
-def _refuse_clash(special: Mapping[str, int], vocabulary: Vocabulary, source: str | Path) -> None:
+def _check_special_ids(
+    special: Mapping[str, int], vocabulary: Vocabulary, source: str | Path
+) -> None:
     """Raise ConfigError for special tokens with the id of a word, of each other, or below zero."""
     uses = Counter(special.values())
     problems = [

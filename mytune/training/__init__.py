@@ -25,9 +25,7 @@ __all__, __getattr__ = lazy_names(
             "CometLogger DiskLogger MetricLogger MetricLoggers MLFlowLogger read_metrics "
             "StdoutLogger TensorBoardLogger WandBLogger"
         ),
-        "optimizers": (
-            "StepInBackward check_optimizer check_step_in_backward refuse_replicated refuse_sharded"
-        ),
+        "optimizers": ("StepInBackward check_optimizer check_sharding check_step_in_backward"),
         "planning.plan": (
             "MemoryPlan device_memory fewest_ranks fewest_recomputed_blocks plan_memory"
         ),
@@ -38,7 +36,7 @@ __all__, __getattr__ = lazy_names(
         "progress": "ProgressBar log setup_logging",
         "report": "write_report",
         "disk": "check_disk_space write_atomic",
-        "run_dir": "output_dir_lock refuse_other_run take was_taken",
+        "run_dir": "output_dir_lock check_output_dir take was_taken",
         "seed": "seed_step set_deterministic set_seed",
         "signals": "StopSignal",
     },

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mytune.config import instantiate
@@ -81,11 +80,12 @@ def check_step_in_backward(
         raise ConfigError(f"{who} takes gradients during the backward pass, but", found)
 
 
-def refuse_sharded(component: Mapping[str, Any], ranks: int) -> None:
-    """Refuse optimizers whose state cannot be shared out where `ranks` share the weights.
+def check_sharding(component: Mapping[str, Any], ranks: int, in_backward: bool) -> None:
+    """Raise ConfigError for an optimizer that cannot step weights as ranks hold them.
 
-    Raises:
-        ConfigError: an optimizer of bitsandbytes or torchao.
+    Args:
+        ranks: how many share each weight; 1 if every rank holds all of them.
+        in_backward: whether it steps in the backward pass.
     """
     name = component["_component_"]
     if ranks > 1 and name.startswith(("bitsandbytes.", "torchao.")):
@@ -93,17 +93,7 @@ def refuse_sharded(component: Mapping[str, Any], ranks: int) -> None:
             f"optimizer is {name}, which does not step weights that {ranks} ranks share; use "
             "torch.optim.AdamW, or data_parallel_shard_dim=1 where the model fits on each device"
         )
-
-
-def refuse_replicated(model: nn.Module, enabled: bool) -> None:
-    """Refuse to step in backward where ranks hold the same weights: sums would come too late.
-
-    Raises:
-        ConfigError: a parameter that trains is not sharded, and there are several ranks.
-    """
-    if not enabled or world_size() == 1:
-        return
-    if any(p.requires_grad and not isinstance(p, DTensor) for p in model.parameters()):
+    if ranks == 1 < world_size() and in_backward:
         raise ConfigError(
             f"optimizer_in_bwd is true, but {world_size()} ranks hold the same weights, whose "
             "gradients are summed after the backward pass; set optimizer_in_bwd=false, or shard"

@@ -11,7 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from mytune.config import redact
-from mytune.errors import CONTROL, ConfigError, did_you_mean
+from mytune.errors import ConfigError, did_you_mean, printable
 from mytune.training.distributed import rank
 
 log = logging.getLogger("mytune")
@@ -52,7 +52,7 @@ class _Formatter(logging.Formatter):
         loud = record.levelno >= logging.WARNING
         level = f"{record.levelname.lower()}: " if loud else ""
         text: str = redact(self.prefix + level + super().format(record))
-        return text.translate(CONTROL)
+        return printable(text)
 
 
 class ProgressBar:

@@ -63,7 +63,7 @@ def _acquire(lock: Path) -> int:
     while True:
         descriptor = os.open(lock, _OPEN, 0o644)
         try:
-            _lock_or_refuse(descriptor, lock)
+            _lock(descriptor, lock)
             if _is_still(descriptor, lock):
                 _sign(descriptor)
                 return descriptor
@@ -73,7 +73,7 @@ def _acquire(lock: Path) -> int:
         os.close(descriptor)  # its owner removed it while we opened it
 
 
-def _lock_or_refuse(descriptor: int, lock: Path) -> None:
+def _lock(descriptor: int, lock: Path) -> None:
     me, owner = _identity(), _owner(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,7 +129,7 @@ def _sign(descriptor: int) -> None:
     os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
 
 
-def refuse_other_run(
+def check_output_dir(
     path: str | Path, *, resume: bool, overwrite: bool, inputs: Sequence[str | Path] = ()
 ) -> None:
     """Keep a new run from mixing with the results of another; call it while holding the lock.

@@ -16,8 +16,8 @@ from mytune.training import run_dir
 from mytune.training.disk import check_disk_space, write_atomic
 from mytune.training.run_dir import (
     LOCK,
+    check_output_dir,
     output_dir_lock,
-    refuse_other_run,
     take,
 )
 
@@ -106,16 +106,16 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 def test_results_of_another_run_are_not_mixed_with(tmp_path: Path) -> None:
-    refuse_other_run(tmp_path, resume=False, overwrite=False)
+    check_output_dir(tmp_path, resume=False, overwrite=False)
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "epoch_3").mkdir()  # not ours: no manifest
-    refuse_other_run(tmp_path, resume=False, overwrite=False)
+    check_output_dir(tmp_path, resume=False, overwrite=False)
     published(tmp_path / "epoch_0")
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(DirectoryInUseError, match=r"\(epoch_0, metrics\.jsonl\)"):
-        refuse_other_run(tmp_path, resume=False, overwrite=False)
-    refuse_other_run(tmp_path, resume=True, overwrite=False)
-    refuse_other_run(tmp_path, resume=False, overwrite=True)
+        check_output_dir(tmp_path, resume=False, overwrite=False)
+    check_output_dir(tmp_path, resume=True, overwrite=False)
+    check_output_dir(tmp_path, resume=False, overwrite=True)
     assert (tmp_path / "epoch_0").is_dir()  # removed only once the new run is sure to start
     take(tmp_path, resume=False)
     left = {path.name for path in tmp_path.iterdir()}
@@ -125,7 +125,7 @@ def test_results_of_another_run_are_not_mixed_with(tmp_path: Path) -> None:
 def test_a_folder_in_the_place_of_a_file_is_told_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "loss_curve.png").mkdir()
     with pytest.raises(ResourceError, match=r"loss_curve\.png is a folder"):
-        refuse_other_run(tmp_path, resume=True, overwrite=False)
+        check_output_dir(tmp_path, resume=True, overwrite=False)
 
 
 def test_a_file_that_cannot_be_replaced_leaves_no_draft(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_replaced_leaves_no_draft(tmp_path: Path) -> None:
 def test_overwriting_does_not_remove_what_the_run_reads(tmp_path: Path) -> None:
     base = published(tmp_path / "epoch_0")
     with pytest.raises(DirectoryInUseError, match="this run reads"):
-        refuse_other_run(tmp_path, resume=False, overwrite=True, inputs=[base])
+        check_output_dir(tmp_path, resume=False, overwrite=True, inputs=[base])
     assert base.exists()
 
 

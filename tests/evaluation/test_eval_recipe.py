@@ -304,7 +304,7 @@ def test_the_tutorial_config_can_be_copied_and_edited(
         (
             ["tasks=[chioce,truthfulqa_mc3]"],
             2,
-            r"lm_eval has no chioce \(nearest: choice.*no truthfulqa_mc3 \(nearest: truthfulqa_mc2",
+            r"no chioce; did you mean 'choice'.*no truthfulqa_mc3; did .*'truthfulqa_mc2'",
         ),
         (["tasks=[]"], 2, "tasks is empty"),
         (["include_path=/nowhere"], 2, "no directory /nowhere"),

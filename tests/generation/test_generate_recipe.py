@@ -175,7 +175,10 @@ def test_a_text_beyond_the_models_positions_is_announced(tune):
         (["model={_component_: mytune.models.auto_model}"], "auto_model needs the argument"),
         (['stop=[""]'], "stop has an empty text"),
         (["prompt_file=nowhere.jsonl"], "no such file"),
-        (["quantizer={_component_: mytune.modules.LinearCrossEntropyLoss}"], "quantizer is a LinearCrossEntropyLoss"),
+        (
+            ["quantizer={_component_: mytune.modules.LinearCrossEntropyLoss}"],
+            "quantizer is a LinearCrossEntropyLoss",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_weights_are_read(tune, overrides, message):

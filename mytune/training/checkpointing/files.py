@@ -279,13 +279,16 @@ class TensorWriter:
         self.record = self.file.finish(self.specs)
 
 
-def demand_finite(name: str, tensor: Tensor) -> None:
-    """Raise NumericalError if a tensor that is about to be saved is not finite."""
+def check_finite_weight(name: str, tensor: Tensor) -> None:
+    """Raise NumericalError if a tensor of 16 bits or more, about to be saved, is not finite."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+        return
     # The extremes carry any NaN or Inf; torch.isfinite would need as much memory as the tensor.
     if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
         raise NumericalError(
             f"{name} holds NaN or Inf as {tensor.dtype}; nothing was saved, and the checkpoints "
-            "published before are as they were. Lower optimizer.lr or set clip_grad_norm"
+            "published before are as they were. In training lower optimizer.lr, or set "
+            "clip_grad_norm"
         )
 
 

@@ -76,7 +76,7 @@ def load_optimizer_state(
     owned = _owned(model, optimizer)
     names = {parameter: name for name, (parameter, _) in owned.items()}
     own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    _demand_same(own, optimizer, said)
+    _check_same_optimizer(own, optimizer, said)
     for group, saved in zip(optimizer.param_groups, said["groups"], strict=True):
         try:
             settings = {
@@ -90,14 +90,14 @@ def load_optimizer_state(
                     key: _decode(value, _reader(tensors, parameter, key, group, optimizer))
                     for key, value in said["state"][name].items()
                 }
-                _demand_shapes(name, parameter, states[parameter], optimizer)
+                _check_state_shapes(name, parameter, states[parameter], optimizer)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the optimizer's state is damaged: {type(error).__name__}: {error}"
             ) from error
 
 
-def _demand_shapes(
+def _check_state_shapes(
     name: str, parameter: Tensor, state: Mapping[str, Any], optimizer: Optimizer
 ) -> None:
     if not _class_name(optimizer).startswith(_KNOWN):
@@ -145,7 +145,9 @@ def _take_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
             group.update(initial_lr=now, lr=saved["lr"] / was * now if was else now)
 
 
-def _demand_same(own: list[list[str]], optimizer: Optimizer, said: Mapping[str, Any]) -> None:
+def _check_same_optimizer(
+    own: list[list[str]], optimizer: Optimizer, said: Mapping[str, Any]
+) -> None:
     if said["class"] != _class_name(optimizer):
         raise CheckpointError(
             f"the checkpoint's optimizer state is of {said['class']}, the config's optimizer is "

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mytune.errors import CheckpointError, shortened
-from mytune.training.checkpointing.files import demand_finite, inside, read_json, to_json
+from mytune.training.checkpointing.files import check_finite_weight, inside, read_json, to_json
 from mytune.training.checkpointing.formats import PEFT, differences
 from mytune.training.checkpointing.publish import MANIFEST, Draft
 from mytune.training.checkpointing.source import ADAPTER, open_tensors
@@ -50,7 +50,7 @@ def write_adapter(
         base_model: a repository or directory for `base_model_name_or_path`.
     """
     for name, tensor in adapter.items():
-        demand_finite(name, tensor)
+        check_finite_weight(name, tensor)
     said = {**config, "base_model_name_or_path": base_model, "inference_mode": True}
     draft.add_bytes(f"adapter/{ADAPTER}", to_json(said))
     named = {PEFT.theirs(name): tensor for name, tensor in adapter.items()}

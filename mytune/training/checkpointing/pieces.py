@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mytune._sharded import WHOLE, Part, local, part_of
 from mytune.errors import CheckpointError
-from mytune.training.checkpointing.files import FileRecord, TensorFile, demand_finite, inside
+from mytune.training.checkpointing.files import FileRecord, TensorFile, check_finite_weight, inside
 from mytune.training.checkpointing.publish import Draft
 from mytune.training.checkpointing.safetensors_io import SafetensorsFile
 from mytune.training.distributed import rank
@@ -65,8 +65,7 @@ def write_pieces(draft: Draft, stem: str, pieces: Pieces, finite: bool = False) 
         return
     name = pieces.file(stem, pieces.part.index)
     for key, tensor in pieces.tensors.items() if finite else ():
-        if tensor.is_floating_point():
-            demand_finite(key, tensor)
+        check_finite_weight(key, tensor)
     draft.add_tensors(name, pieces.tensors)
     if pieces.part.index > 0:
         _tell(draft.path / name, draft.records[name])

@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from mytune import versions
-from mytune.errors import CheckpointError, NumericalError, ResourceError, first_line, shortened
+from mytune.errors import CheckpointError, ResourceError, first_line, shortened
 from mytune.modules.decoder import Decoder, DecoderConfig
 from mytune.quantization.tensors import (
     flatten,
-    inner_tensors,
-    is_quantized,
     keys_of,
     misplaced,
     rebuild,
 )
 from mytune.training.checkpointing.companions import companions
-from mytune.training.checkpointing.files import read_json, to_json
+from mytune.training.checkpointing.files import check_finite_weight, read_json, to_json
 from mytune.training.checkpointing.formats import HF, differences, parameter_shapes
 from mytune.training.checkpointing.publish import Draft, publication
 from mytune.training.checkpointing.safetensors_io import SafetensorsFile
@@ -145,21 +143,13 @@ def _add_weights(draft: Draft, model: Decoder) -> None:
     tensors: dict[str, Tensor] = {}
     metadata = {}
     for ours, parameter in model.named_parameters():
-        _demand_finite(ours, parameter)
         name = HF.table.theirs(ours)
         parts, metadata[name] = flatten(name, parameter.detach())
+        for part in parts.values():
+            check_finite_weight(ours, part)
         tensors |= parts
     metadata[_NAMES] = json.dumps(list(metadata))
     draft.add_tensors(HF.single, tensors, metadata)
-
-
-def _demand_finite(name: str, tensor: Tensor) -> None:
-    parts = inner_tensors(tensor).values() if is_quantized(tensor) else [tensor]
-    floats = (p for p in parts if p.is_floating_point() and p.dtype.itemsize > 1)
-    if not all(bool(torch.isfinite(part).all()) for part in floats):
-        raise NumericalError(
-            f"{name} holds NaN or Inf when quantized; nothing was saved: look at its weights"
-        )
 
 
 def _with_quantizer(config: bytes, quantizer: Mapping[str, Any]) -> bytes:

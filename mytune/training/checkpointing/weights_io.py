@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mytune.errors import CheckpointError
 from mytune.modules.decoder import DecoderConfig
-from mytune.training.checkpointing.files import TensorSpec, demand_finite, to_json
+from mytune.training.checkpointing.files import TensorSpec, check_finite_weight, to_json
 from mytune.training.checkpointing.formats import Table
 from mytune.training.checkpointing.pickle_io import PickledWriter
 from mytune.training.checkpointing.publish import Draft
@@ -137,7 +137,7 @@ def _parts(
         return
     name = files.ours(key)
     tensor = weights[name].detach().to("cpu", plan.dtype)
-    demand_finite(name, tensor)
+    check_finite_weight(name, tensor)
     theirs = plan.table.row(name).to_theirs(tensor, plan.config)
     count = len(files.names)
     yield from [theirs] * count if entry.dim is None else theirs.chunk(count, entry.dim)
