@@ -182,12 +182,11 @@ def commands(page: Page) -> list[list[str]]:
     ]
 
 
-def test_the_tables_of_exit_codes_are_complete():
+def test_the_table_of_exit_codes_is_complete():
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, Exception)]
     codes = {str(kind.exit_code): kind.__name__ for kind in kinds if kind is not errors.TuneError}
-    for name in ("README.md", "docs/errors.md"):
-        rows = {row[0]: row[1:] for row in load(name).table("code")}
-        assert rows.keys() == codes.keys() | {"0", "70", "128+n"}, name
+    rows = {row[0]: row[1:] for row in load("docs/errors.md").table("code")}
+    assert rows.keys() == codes.keys() | {"0", "70", "128+n"}
     for code, kind in codes.items():
         assert kind in rows[code][0]
 
@@ -207,17 +206,17 @@ def test_the_table_of_ignored_keys_is_the_codes():
     assert {row[0]: row[1:] for row in rows} == expected
 
 
-# The map in the README: below these folders every file and folder has its line.
+# The map for contributors: below these folders every file and folder has its line.
 MAPPED = (".", "recipes", "configs", "mytune", "tests")
 
 
 def test_the_map_of_the_tree_is_complete():
-    block = next(b for b in load("README.md").blocks if b.text.startswith("Makefile"))
+    block = next(b for b in load("docs/contributing.md").blocks if b.text.startswith("Makefile"))
     shown = mapped(block)
     missing = [name for folder in MAPPED for name in present(folder) if name not in shown]
-    assert missing == [], "the README's map lacks these"
+    assert missing == [], "the map lacks these"
     gone = [name for name in shown if not (ROOT / name).exists()]
-    assert gone == [], "the README's map has these, which are not there"
+    assert gone == [], "the map has these, which are not there"
 
 
 def mapped(block: Block) -> dict[str, str]:
