@@ -8,6 +8,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=mytune-%j.log
 set -euo pipefail
 
@@ -15,7 +16,8 @@ set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # TERM, five minutes before the time is up, lets the run finish its step and save (exit code 75).
-# --requeue and resume_from_checkpoint then go on where it stopped.
+# The job is then requeued, and resume_from_checkpoint goes on where it stopped.
+rc=0
 srun tune run \
   --nnodes "$SLURM_NNODES" \
   --nproc_per_node 8 \
@@ -25,4 +27,11 @@ srun tune run \
   full_finetune_distributed --config llama3/70B_full \
   data_parallel_replicate_dim=1 \
   enable_async_checkpointing=True save_every_n_steps=200 \
-  resume_from_checkpoint=True
+  resume_from_checkpoint=True || rc=$?
+
+# #SBATCH --requeue is for nodes that fail: SLURM does not requeue a job that ended by itself.
+if [ "$rc" = 75 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+fi
+exit "$rc"
