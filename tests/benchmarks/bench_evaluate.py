@@ -3,7 +3,8 @@ own Hugging Face model and, where it can, by torchtune's wrapper of that: same w
 all answers in a turn. Answers of the first two must agree; `differ by` is the largest difference of
 two log-likelihoods, which lm_eval adds up in float32, or the share of texts that differ. `wide` has
 Llama 3's vocabulary, `deep` one of 768 ids; the tokenizer is that of stories260K, whose ids are
-nearly letters: a question has some 450 ids of examples before it. torchtune begins texts without
+nearly letters: a question has some 450 ids of examples before it. mytune has its memory in huge
+pages, as `tune run eleuther_eval` begins on Linux. torchtune begins texts without
 BOS, so its answers are others; where it is missing, it has no model with tied embeddings, or pads
 with ids that the model has not and generates 256 tokens whatever is asked. They run at once and
 take turns; times are CPU seconds where there is one thread.
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import yaml
 from safetensors.torch import load_file, save_file
 
+from mytune.cli.huge_pages import SETTING, TUNABLES
 from mytune.models.llama3 import llama3_tokenizer
 from tests.benchmarks.common import (
     NO_TORCHTUNE,
@@ -169,6 +171,8 @@ def commands(settings: dict[str, Any]) -> dict[str, Sequence[str]]:
     peers = "tests.benchmarks.peers"
     ours = [sys.executable, "-m", f"{peers}.lm_eval_requests"]
     found = {name: [*ours, name, json.dumps(settings)] for name in ("mytune", "lm_eval")}
+    if sys.platform == "linux":
+        found["mytune"] = ["env", f"{TUNABLES}={SETTING}", *found["mytune"]]
     if settings["kind"] == "loglikelihood" and settings["shape"] and torchtune_has_lm_eval():
         theirs = [str(TORCHTUNE_PYTHON), "-m", f"{peers}.torchtune_requests"]
         found["torchtune"] = [*theirs, json.dumps(settings)]
