@@ -113,14 +113,15 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, candidates: Iterable[str], most: int = 1) -> str:
-    """Return `"; did you mean 'x'?"` for what begins so or is nearest, or an empty string."""
+    """Return `"; did you mean 'x'?"` for what begins so, is nearest or holds it, or nothing."""
     names = list(candidates)
     begun = sorted(each for each in names if len(name) > 3 and each.startswith(name))[:3]
     near = begun or difflib.get_close_matches(name, names, n=most, cutoff=0.6)
+    near = near or sorted(each for each in names if len(name) > 3 and name in each)[:3]
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-_SHOWN = 24  # tensors that an error names: more only scrolls its first line away
+_SHOWN = 4  # tensors that an error names: more only scrolls its first line away
 
 
 def shortened(lines: Sequence[str]) -> list[str]:

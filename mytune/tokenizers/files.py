@@ -19,7 +19,8 @@ from mytune.errors import CheckpointError, ConfigError, MissingTokenizer, Resour
 
 log = logging.getLogger("mytune")
 
-PLACES = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+TIKTOKEN = ("tokenizer.model", "original/tokenizer.model")
+PLACES = (*TIKTOKEN, "tokenizer.json")
 
 _LONGEST_TOKEN = 4096  # bytes; to write its merges takes memory by the square of that
 _WRONG_FILES = {

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +143,23 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_pickle_of_torchaos_tensors_is_told_to_be_quantized_again(tmp_path: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    linear = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    quantize_(linear, Int8WeightOnlyConfig())
+    folder = _meta_dir(tmp_path / "meta", linear.state_dict())
+    code = (
+        "import sys; from mytune.training.checkpointing.pickle_io import PickledFile\n"
+        "from pathlib import Path; PickledFile(Path(sys.argv[1]))"
+    )  # in a process in which torchao has not told torch that its classes are safe
+    file = str(folder / "consolidated.00.pth")
+    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True)
+    told = done.stderr.splitlines()[-1]
+    assert "it holds torchao." in told and told.endswith("checkpoint again (`tune run quantize`)")
+    assert "two options" not in done.stderr.partition("CheckpointError: ")[2]
+
+
 @pytest.mark.parametrize("content", [_expanded(), [1, 2], {"a": 3}], ids=str)
 def test_what_is_not_a_dict_of_plain_tensors_is_refused(content: Any, tmp_path: Path) -> None:
     folder = _meta_dir(tmp_path / "meta", content)
@@ -181,7 +200,7 @@ def test_zip_files_that_are_not_torchs_are_refused(write: Any, tmp_path: Path) -
 def test_a_damaged_safetensors_file_is_refused(damage: Any, hf_dir: Path) -> None:
     file = hf_dir / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(CheckpointError, match="not a usable safetensors file"):
+    with pytest.raises(CheckpointError, match=r"not a usable safetensors file.*copy it again"):
         FullModelHFCheckpointer(str(hf_dir)).weights(tiny.SIZES)
 
 
@@ -220,6 +239,21 @@ def test_errors_point_at_the_weights_that_are_there(hf_dir: Path, tmp_path: Path
     assert any(f"checkpoint_dir={hf_dir}/original" in line for line in caught.value.details)
     with pytest.raises(CheckpointError, match="no directory"):
         FullModelHFCheckpointer(str(tmp_path / "nowhere"))
+
+
+def test_torchtunes_one_name_of_two_formats_is_metas_by_its_params(tmp_path: Path) -> None:
+    tiny.write_meta(tmp_path / "meta", tiny.SIZES)
+    saved = tmp_path / "meta" / "model-00001-of-00001.bin"
+    (tmp_path / "meta" / "consolidated.00.pth").rename(saved)
+    meta = FullModelMetaCheckpointer(str(saved.parent))
+    assert meta.source.paths == [saved] and meta.weights(tiny.SIZES)
+    for reader in ("FullModelMetaCheckpointer", "FullModelTorchTuneCheckpointer"):
+        with pytest.raises(CheckpointError) as caught:
+            FullModelHFCheckpointer(str(saved.parent))
+        assert [reader in line for line in caught.value.details] == [True]
+        (saved.parent / "params.json").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="no Meta weights"):
+        FullModelMetaCheckpointer(str(saved.parent))
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,20 @@ def test_an_adapter_that_does_not_fit_is_told_tensor_by_tensor() -> None:
     ]
 
 
+def test_torchtunes_own_file_of_an_adapter_is_told_from_pefts(hf_dir: Path, tmp_path: Path) -> None:
+    checkpointer = FullModelHFCheckpointer(str(hf_dir), output_dir=str(tmp_path / "out"))
+    folder = save(checkpointer, adapted(checkpointer, KINDS["LoRA"]), tiny.SIZES) / "adapter"
+    torch.save(
+        {"layers.0.attn.q_proj.lora_a.weight": torch.ones(4, 32)}, folder / "adapter_model.pt"
+    )
+    with pytest.raises(CheckpointError, match=f"torchtune's own .* adapter_checkpoint={folder}$"):
+        read_adapter(folder / "adapter_model.pt")
+    assert len(read_adapter(folder)[0]) == len(
+        read_adapter(folder / "adapter_model.safetensors")[0]
+    )
+
+
 def test_of_an_adapter_of_another_model_not_every_tensor_is_told() -> None:
     with pytest.raises(CheckpointError, match="70 of its tensors differ; base model") as caught:
         check_adapter({}, {f"{i:02}": torch.ones(2) for i in range(70)})
-    assert caught.value.details[-2:] == ["missing 23: expected [2]", "and 46 more"]
+    assert caught.value.details[-2:] == ["missing 03: expected [2]", "and 66 more"]

@@ -64,6 +64,14 @@ def test_a_tiktoken_file_alone_gets_hugging_face_files_with_its_special_tokens(
     assert agree(tmp_path).eos_token == "<|eot_id|>"
 
 
+def test_metas_folder_below_is_looked_into(tmp_path: Path) -> None:
+    write_tiktoken(tmp_path, 266 + 256)
+    beside = dict(tokenizer_files(tmp_path))
+    (tmp_path / "original").mkdir()
+    (tmp_path / "tokenizer.model").rename(tmp_path / "original" / "tokenizer.model")
+    assert dict(tokenizer_files(tmp_path)) == beside and len(beside) == 2
+
+
 @pytest.mark.parametrize("there", ["tokenizer.json", "other vocabulary", "SentencePiece"])
 def test_other_tokenizers_are_left_as_they_are(there: str, tmp_path: Path) -> None:
     write_tiktoken(tmp_path, 999 if there == "other vocabulary" else 266 + 256)

@@ -79,6 +79,8 @@ class Format:
         single: the file name of a checkpoint in one file.
         several: the file name of file `i` (from 1) of `n`.
         found: glob patterns of further weight files, tried in this order where no index tells.
+        beside: a file, and the weight file that is of this format only where the first lies by it:
+            torchtune gives two formats one name.
         published: names by which torchtune's tutorials mean "what this run saved in epoch N".
         parts: several files hold parts of every tensor (model parallel), not different tensors.
         indexes: files that map tensor names to several files; the first is the one we write.
@@ -92,6 +94,7 @@ class Format:
     found: tuple[str, ...]
     published: str
     buffers: tuple[str, ...] = ()
+    beside: tuple[str, str] = ("", "")
     parts: bool = False
     indexes: tuple[str, ...] = ()
 
@@ -178,6 +181,7 @@ META = Format(
     single="consolidated.00.pth",
     several="consolidated.{i0:02d}.pth",
     found=("consolidated.[0-9][0-9].pth", "meta_model_*.pt"),
+    beside=("params.json", "model-00001-of-00001.bin"),
     published=r"meta_model_(\d+)\.pt",
     parts=True,
 )

@@ -70,6 +70,11 @@ def read_adapter(path: Path) -> Adapter:
     found = [f for f in (WEIGHTS, "adapter_model.bin") if (folder / f).is_file()]
     if not (folder / ADAPTER).is_file() or not found:
         raise CheckpointError(f"{folder} is not a PEFT adapter: it needs {ADAPTER} and {WEIGHTS}")
+    if path.name == "adapter_model.pt":
+        raise CheckpointError(
+            f"{path} is in torchtune's own format; {found[0]} beside it holds the same: name the "
+            f"folder, adapter_checkpoint={folder}"
+        )
     config = read_json(inside(folder, ADAPTER))
     odd = [
         f"{key} is {config[key]!r}, not {fine[0]!r}"

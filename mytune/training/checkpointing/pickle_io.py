@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -32,9 +33,13 @@ class PickledFile(TensorFile):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds for a file that is not what it seems
+            kind = re.search(r"GLOBAL (\S+)", str(error))
+            why = f"it holds {kind[1]}" if kind else first_line(error)
+            if "torchao" in why:
+                why += "; quantize the unquantized checkpoint again (`tune run quantize`)"
             raise CheckpointError(
                 f"{path} is not a plain file of tensors, and mytune runs no code that a checkpoint "
-                f"brings: {first_line(error)}"
+                f"brings: {why}"
             ) from error
         self._tensors = _plain_tensors(path, content)
         self.specs = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in self._tensors.items()}

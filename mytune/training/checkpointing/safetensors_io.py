@@ -58,7 +58,10 @@ class SafetensorsFile(TensorFile):
             }
             self.metadata: dict[str, str] = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a usable safetensors file: {error}") from error
+            again = "; download or copy it again" if isinstance(error, SafetensorError) else ""
+            raise CheckpointError(
+                f"{path} is not a usable safetensors file: {error}{again}"
+            ) from error
         except KeyError as error:
             raise CheckpointError(f"{path} holds tensors of the unknown type {error}") from error
 

@@ -93,7 +93,9 @@ def _discover(fmt: Format, directory: Path) -> list[str]:
     for index in fmt.indexes:
         if (directory / index).is_file():
             return _indexed(inside(directory, index))
-    for pattern in (*fmt.found, fmt.single):
+    by, saved = fmt.beside
+    beside = [saved] if by and (directory / by).is_file() else []
+    for pattern in (*fmt.found, fmt.single, *beside):
         names = sorted(path.name for path in directory.glob(pattern))
         if names:
             return names
@@ -123,11 +125,14 @@ def _hints(directory: Path) -> list[str]:
     if (directory / ADAPTER).is_file():
         return [f"{directory} is an adapter: its base is checkpoint_dir, it is adapter_checkpoint"]
     below = sorted(path for path in directory.iterdir() if path.is_dir())
+    found: dict[Path, str] = {}
+    for where in (directory, *below[:20]):
+        for fmt in FORMATS:
+            if names := _discover(fmt, where):
+                found.setdefault(where / names[0], fmt.checkpointer)
     return [
-        f"{where} holds {names[0]}: use {fmt.checkpointer} with checkpoint_dir={where}"
-        for where in (directory, *below[:20])
-        for fmt in FORMATS
-        if (names := _discover(fmt, where))
+        f"{file.parent} holds {file.name}: use {reader} with checkpoint_dir={file.parent}"
+        for file, reader in found.items()
     ][:5]
 
 

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, p
 from tokenizers.models import BPE
 
 from mytune.errors import CheckpointError
-from mytune.tokenizers.files import byte_alphabet, read_vocabulary
+from mytune.tokenizers.files import TIKTOKEN, byte_alphabet, read_vocabulary
 from mytune.tokenizers.llama3 import PATTERN, SPECIAL_TOKENS
 from mytune.training.checkpointing.files import read_json, to_json
 
@@ -31,17 +31,18 @@ _CHAT_TEMPLATE = (
 
 def tokenizer_files(source: Path) -> Iterator[tuple[str, bytes]]:
     """Yield what AutoTokenizer needs beside Llama 3's `tokenizer.model`, if it is not there."""
-    model, config = source / "tokenizer.model", source / "config.json"
-    if not (model.is_file() and config.is_file()) or (source / "tokenizer.json").is_file():
+    models = [source / name for name in TIKTOKEN if (source / name).is_file()]
+    config = source / "config.json"
+    if not (models and config.is_file()) or (source / "tokenizer.json").is_file():
         return
     try:
-        tokens = read_vocabulary(model, PATTERN).tokens
+        tokens = read_vocabulary(models[0], PATTERN).tokens
     except CheckpointError:  # SentencePiece, as in Llama 2: transformers reads that itself
         return
     said = read_json(config)
     if said.get("vocab_size") != len(tokens) + len(SPECIAL_TOKENS):
         return
-    yield "tokenizer.json", _tokenizer_json(model)
+    yield "tokenizer.json", _tokenizer_json(models[0])
     if not (source / "tokenizer_config.json").is_file():
         yield "tokenizer_config.json", to_json(_tokenizer_config(said, len(tokens)))
 
