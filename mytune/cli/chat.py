@@ -68,21 +68,14 @@ def checkpointer_of(folder: Path) -> str:
 
 
 def _hints(folder: Path) -> list[str]:
+    from mytune.config.check import base_of
+
     adapters = [each for each in (folder, folder / "adapter") if (each / _ADAPTER).is_file()]
     models = sorted({file.parent for name in _CHECKPOINTERS for file in folder.glob(f"*/{name}")})
     return [
-        *(f"it is an adapter: tune chat {_base_of(each)} --adapter {each}" for each in adapters),
+        *(f"it is an adapter: tune chat {base_of(each)} --adapter {each}" for each in adapters),
         *(f"a model is there: tune chat {each}" for each in models),
     ]
-
-
-def _base_of(adapter: Path) -> str:
-    """Return the directory of an adapter's base model, if its settings name one that is here."""
-    try:
-        base = json.loads((adapter / _ADAPTER).read_text())["base_model_name_or_path"]
-        return base if Path(base).is_dir() else "BASE"
-    except (ValueError, KeyError, TypeError, OSError):
-        return "BASE"
 
 
 def adapter_in(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from glob import escape, glob
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from mytune.config.components import refusal
 from mytune.config.redact import redact
 from mytune.config.signatures import annotation, fits, read_parameters
+from mytune.config.typed import in_words
 from mytune.config.types import KEY, Component, components, dotted
 from mytune.errors import TuneError, did_you_mean
 
@@ -29,6 +31,7 @@ _INPUTS = [
     "adapter_checkpoint",
 ]
 _DOWNLOAD = "`tune download REPO --output-dir DIR` fetches models"
+_ADAPTER = "adapter_config.json"  # by which PEFT's folders are known
 _SOURCES = {"adapter_checkpoint": "a LoRA run writes its adapters to output_dir/epoch_N/adapter"}
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _READERS = ("json", "csv", "parquet", "text")  # a dataset's `source` whose `data_files` are local
@@ -81,7 +84,7 @@ def _check_arguments(
         if key in added:
             yield key, f"the recipe itself gives {short} this argument: remove it"
         elif key in named and not fits(value, named[key]):
-            yield key, f"{value!r} is not {annotation(named[key])}"
+            yield key, f"{value!r} is not {in_words(annotation(named[key]))}"
         elif key not in named and key != KEY and not takes_all:
             taken = [name for name in named if name not in added]
             near = did_you_mean(key, taken) or f"; it takes {', '.join(taken) or 'none'}"
@@ -97,11 +100,29 @@ def _check_arguments(
             yield KEY, f"{short} needs the argument {key!r}"
 
 
+def base_of(adapter: Path) -> str:
+    """Return the directory of an adapter's base model, if its settings name one that is here."""
+    try:
+        base = json.loads((adapter / _ADAPTER).read_text())["base_model_name_or_path"]
+        return base if Path(base).is_dir() else "BASE"
+    except (ValueError, KeyError, TypeError, OSError):
+        return "BASE"
+
+
 def _repair(key: str, missing: Path) -> str:
-    """Return what may be meant: a neighbour, or the same name one folder below; or its source."""
+    """Return what may be meant: an adapter's base, or what is near; or the files' source."""
+    folder = missing.parent
+    if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
+        base = base_of(folder)
+        return f"; {folder} is an adapter: checkpoint_dir={base} adapter_checkpoint={folder}"
+    return _near(missing) or f"; {_SOURCES.get(key, _DOWNLOAD)}"
+
+
+def _near(missing: Path) -> str:
+    """Return what may be meant: the same name one folder below, or a neighbour."""
     below = sorted(map(str, missing.parent.glob(f"*/{escape(missing.name)}")))
     near = did_you_mean(missing.name, [each.name for each in missing.parent.glob("*")])
-    return f"; did you mean {below[0]!r}?" if below else near or f"; {_SOURCES.get(key, _DOWNLOAD)}"
+    return f"; did you mean {below[0]!r}?" if below else near
 
 
 def _check_files(node: Component) -> Iterator[Finding]:
@@ -114,11 +135,13 @@ def _check_files(node: Component) -> Iterator[Finding]:
         places = [Path(os.path.expanduser(Path(folder, value))) for folder in folders]
         places += [place.parent / "original" / place.name for place in places if key == "path"]
         if not any(place.exists() for place in places):
-            yield key, f"{value!r} does not exist{_repair(key, Path(value))}"
+            yield key, f"{value!r} does not exist{_repair(key, places[0])}"
     keys = ["source", "data_files"] if node.get("source") in _READERS else ["source"]
     for key in keys:
         value = node.get(key)
         for each in value if isinstance(value, list) else [value]:
             is_local = isinstance(each, str) and each.endswith(_DATA_SUFFIXES) and "://" not in each
-            if is_local and not glob(os.path.expanduser(str(each)), recursive=True):
-                yield key, f"{each!r} does not exist"
+            file = os.path.expanduser(str(each))
+            if is_local and not glob(file, recursive=True):
+                here = "" if os.path.isabs(file) else f" in {os.getcwd()}"
+                yield key, f"{each!r} does not exist{here}{_near(Path(file))}"

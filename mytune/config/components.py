@@ -79,6 +79,9 @@ def refusal(name: str) -> str | None:
         return None
     if name.startswith(_OUR_PACKAGES) and not any(part.startswith("_") for part in parts):
         return None
+    if parts[0] == "mytune":
+        places = ", ".join(each.removesuffix(".") for each in _OUR_PACKAGES)
+        return f"unknown component {name!r}; components are in {places}"
     return (
         f"{name!r} is not allowed{did_you_mean(parts[0], _PACKAGES - {parts[0]})}; components come "
         f"from mytune, {', '.join(_OTHERS)} or a Python file below the current directory; "

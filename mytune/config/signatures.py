@@ -33,7 +33,13 @@ def read_parameters(name: str) -> list[Parameter] | None:
     except ValueError:
         return None
     ours = name.startswith("mytune.")
-    return [_resolved(each, component) for each in parameters] if ours else parameters
+    return [_resolved(each, component) if ours else _guessed(each) for each in parameters]
+
+
+def _guessed(parameter: Parameter) -> Parameter:
+    """Let what is a number by default be one; torchao's and bitsandbytes' have no annotation."""
+    is_number = parameter.annotation is Parameter.empty and type(parameter.default) is float
+    return parameter.replace(annotation=float) if is_number else parameter
 
 
 def _resolved(parameter: Parameter, component: Any) -> Parameter:
@@ -50,7 +56,8 @@ def annotation(parameter: Parameter) -> str:
     note = parameter.annotation
     text = note if isinstance(note, str) else inspect.formatannotation(note)
     text = re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", text)  # of what module a name is
-    text = text.replace("Sequence[", "list[").replace("Mapping[", "dict[").replace(" | Path", "")
+    text = text.replace("Sequence[", "list[").replace("Mapping[", "dict[")
+    text = re.sub(r" \| (Path|Tensor)\b", "", text)
     return re.sub(r"Callable\[.*\](?= \||$)", f"a component ({KEY}: ...)", text)
 
 
@@ -74,7 +81,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is typing.Literal:
         return value in options
     if origin is tuple:
-        return isinstance(value, list)
+        return isinstance(value, list) and all(map(_fits, value, options))
     if origin in (list, abc.Sequence):
         inner = options[0] if options else Any
         return isinstance(value, list) and all(_fits(each, inner) for each in value)
@@ -87,6 +94,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return type(value) in (int, float)
     if hint in (str, int, bool, list, dict, type(None)):
         return type(value) is hint
+    if getattr(hint, "__name__", "") == "Tensor":
+        return False  # no value of a config is one
     return isinstance(value, str) if hint is Path else True
 
 

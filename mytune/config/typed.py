@@ -52,6 +52,11 @@ def show(value: Any) -> str:
     return "null" if value is None else repr(value)
 
 
+def in_words(kind: str) -> str:
+    """Return what a type is called to people."""
+    return _WORDS.get(kind, kind)
+
+
 def _expected(field: Field, value: Any) -> str:
     null = " or null" if field.optional else ""
     if field.kind.startswith("Literal["):
@@ -61,7 +66,7 @@ def _expected(field: Field, value: Any) -> str:
     one = field.kind.startswith("list") and isinstance(value, str | int | float)
     example = f"; write [{value}]" if one else ""
     left = "; leave the key out for its default" if value is None and not field.required else ""
-    return _WORDS.get(field.kind, field.kind) + null + example + left
+    return in_words(field.kind) + null + example + left
 
 
 def bad_reference(text: str) -> str | None:

@@ -43,7 +43,11 @@ def sizes_of_checkpoint(checkpoint_dir: str) -> DecoderConfig:
         if wrong := _odd(sizes):
             raise CheckpointError(f"{file} does not describe a Llama model: {', '.join(wrong)}")
         return sizes
-    raise CheckpointError(f"{folder} has neither config.json (Hugging Face) nor params.json (Meta)")
+    adapter = f"{folder} is an adapter: its base is checkpoint_dir, it is adapter_checkpoint"
+    raise CheckpointError(
+        f"{folder} has neither config.json (Hugging Face) nor params.json (Meta)",
+        [adapter] if (folder / "adapter_config.json").is_file() else [],
+    )
 
 
 def _odd(sizes: DecoderConfig) -> list[str]:

@@ -33,7 +33,7 @@ def test_a_right_config_has_no_problems(recipe: None, load: Load) -> None:
     ("override", "key", "message"),
     [
         ("model.sizes=3", "model.sizes", "model takes no argument 'sizes'; did you mean 'size'?"),
-        ("model.size=big", "model.size", "'big' is not int"),
+        ("model.size=big", "model.size", "'big' is not a whole number"),
         ("model.path=3", "model.path", "3 is not str | None"),
         ("~model.size", "model._component_", "model needs the argument 'size'"),
         (
@@ -49,7 +49,14 @@ def test_a_right_config_has_no_problems(recipe: None, load: Load) -> None:
         (
             "model.inner=[{_component_: my_parts.Box, side: x}]",
             "model.inner.0.side",
-            "'x' is not float",
+            "'x' is not a number",
+        ),
+        ("optimizer.lr=fast", "optimizer.lr", "'fast' is not a number"),
+        ("optimizer.betas=[0.9,x]", "optimizer.betas", "[0.9, 'x'] is not tuple[float, float]"),
+        (
+            "optimizer={_component_: torchao.optim.AdamW8bit, lr: fast}",
+            "optimizer.lr",
+            "'fast' is not a number",
         ),
         ("optimizer.lrr=3", "optimizer.lrr", "AdamW takes no argument 'lrr'; did you mean 'lr'?"),
         ("optimizer=torch.optim.AdmW", "optimizer._component_", "did you mean 'AdamW'?"),
@@ -166,4 +173,25 @@ def test_missing_data_files_are_told(
     Path("here.jsonl").touch()
     dataset = f"dataset: {{_component_: mytune.datasets.instruct_dataset, {arguments}}}\n"
     problems = check_components(load(yaml=CONFIG + dataset))
-    assert [each.endswith("does not exist") for each in problems] == [True] * missing
+    where = "" if "~" in arguments else f" in {Path.cwd()}"
+    told = [each.partition("; did you mean")[0] for each in problems]
+    assert [each.endswith(f"does not exist{where}") for each in told] == [True] * missing
+
+
+def test_of_a_missing_data_file_the_nearest_is_told(load: Load) -> None:
+    Path("train.jsonl").touch()
+    dataset = "dataset: {_component_: mytune.datasets.instruct_dataset, source: trian.jsonl}\n"
+    (problem,) = check_components(load(yaml=CONFIG + dataset))
+    assert problem.endswith("; did you mean 'train.jsonl'?")
+
+
+def test_an_adapter_in_the_place_of_a_model_is_told_with_its_base(load: Load) -> None:
+    for folder in ("base", "tuned"):
+        Path(folder).mkdir()
+    Path("tuned/adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    part = "mytune.models.llama3.llama3_tokenizer\n  path: tuned/tokenizer.model"
+    loaded = load("~dataset.source", yaml=CONFIG.replace("my_parts.model\n  size: 3", part))
+    (problem,) = check_components(loaded)
+    assert problem.endswith("; tuned is an adapter: checkpoint_dir=base adapter_checkpoint=tuned")
+    Path("tuned/config.json").touch()  # it is a whole model as well
+    assert "is an adapter" not in check_components(loaded)[0]

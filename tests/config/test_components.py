@@ -182,11 +182,18 @@ def test_an_unknown_component_is_told_the_nearest(folder: Path) -> None:
         ("torch.optim.AdmW", "AdamW"),
         ("mytune.models.lama3.llama3_8b", "llama3"),
         ("my_parts.modl", "model"),
+        ("mytune.training.cosine", "get_cosine_schedule_with_warmup"),
     ]:
         with pytest.raises(
             ConfigError, match=f"unknown component '{name}'; did you mean '{right}'"
         ):
             find_component(name)
+
+
+def test_what_mytune_has_not_is_unknown_and_not_to_be_let_in(load: Load) -> None:
+    (problem,) = load("optimizer=torchtune.rlhf.loss.DPOLoss").problems
+    assert "unknown component 'mytune.rlhf.loss.DPOLoss'" in problem
+    assert "--allow-component" not in problem
 
 
 def test_a_missing_package_is_told_with_how_to_install_it(
@@ -215,12 +222,15 @@ def test_a_missing_package_is_told_with_how_to_install_it(
 )
 def test_a_function_of_ours_that_no_config_is_made_of_is_refused(name: str) -> None:
     """`load_or_write` removes the folder it is given, `_tracker` imports any module."""
-    with pytest.raises(ConfigError, match=r"not a component|not allowed"):
+    with pytest.raises(ConfigError, match=r"not a component|unknown component"):
         find_component(name)
 
 
-def test_torchao_says_nothing_of_its_own_when_it_is_imported() -> None:
-    code = "from mytune.config.components import find_component as f; f('torchao.optim.AdamW8bit')"
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+def test_packages_say_nothing_of_their_own_when_they_are_imported(package: str) -> None:
+    pytest.importorskip(package)
+    name = f"{package}.optim.AdamW8bit"
+    code = f"from mytune.config.components import find_component as f; f({name!r})"
     loud = {k: v for k, v in os.environ.items() if k != "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"}
     done = subprocess.run([sys.executable, "-c", code], env=loud, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -187,6 +187,10 @@ def test_a_config_we_cannot_compute_is_refused_by_key():
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither config.json .* nor params.json"):
         auto.auto_model(str(tmp_path))
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError) as caught:
+        auto.auto_model(str(tmp_path))
+    assert "is an adapter: its base is checkpoint_dir" in caught.value.details[0]
 
 
 def test_lora_on_a_tied_head_is_refused():
