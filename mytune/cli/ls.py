@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     rows = [("RECIPE", "CONFIG")]
     for recipe in registry.RECIPES.values():
         if wanted in (None, recipe.name) and recipe.file.is_file():
-            first, *more = recipe.configs() or ["<>"]
+            first, *more = recipe.configs() or ["(no config)"]
             rows += [(recipe.name, first), *(("", config) for config in more)]
     print("\n".join(f"{recipe:<40} {config}" for recipe, config in rows))
     return 0

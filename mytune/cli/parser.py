@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from mytune.errors import ConfigError
+from mytune.errors import ConfigError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,7 +16,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_config_arguments(self) -> None:
         """Add what `run` and `validate` share: overrides, and which components they may name."""
-        self.add_argument("overrides", nargs="*", metavar="key=value", help="or ~key to remove one")
+        self.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="override a key; ~key resets it"
+        )
         self.add_argument(
             "--allow-component",
             action="append",
@@ -25,6 +27,12 @@ class Parser(argparse.ArgumentParser):
             help="let the config name components of the package NAME; repeatable",
         )
 
+    def near(self, option: str) -> str:
+        """Return `"; did you mean '--x'?"`, or nothing."""
+        return did_you_mean(option.partition("=")[0], self._option_string_actions)
+
     def error(self, message: str) -> NoReturn:
         told = message.replace(", key=value", "")  # which need not be there
-        raise ConfigError(f"{told}; see `{self.prog} --help`")
+        unknown = told.partition("unrecognized arguments: ")[2]
+        near = self.near(unknown.split()[0]) if unknown else ""
+        raise ConfigError(told + (near or f"; see `{self.prog} --help`"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -65,6 +66,7 @@ _RECIPES = [
     Recipe("chat", "chat.py", (), ranks=False),  # `tune chat` makes its config
 ]
 RECIPES = {recipe.name: recipe for recipe in _RECIPES}
+_TORCHTUNES = "qat|dpo|ppo|grpo|knowledge_distillation|early_exit|generate_v2|multi_dataset"
 
 
 def configs() -> list[str]:
@@ -84,6 +86,10 @@ def recipe_of(config: str) -> Recipe | None:
 
 def unknown(kind: str, name: str, names: Iterable[str]) -> ConfigError:
     """Return the error for a name that is not one of `names`, with the nearest of them."""
+    if "recipe" in kind and re.search(_TORCHTUNES, name):
+        return ConfigError(
+            f"{name} is a recipe of torchtune's that is not here: docs/from_torchtune.md"
+        )
     near = did_you_mean(name, names)
     return ConfigError(f"there is no {kind} {name!r} (`tune ls` lists them){near}")
 
@@ -97,6 +103,10 @@ def find_recipe(name: str) -> Path:
             return path.resolve()
     if name.endswith(".py"):
         raise ConfigError(f"there is no file {name}")
+    from mytune.cli.main import VERBS
+
+    if name in VERBS:
+        raise ConfigError(f"{name} is a command, no recipe: tune {name}")
     raise unknown("recipe", name, RECIPES)
 
 

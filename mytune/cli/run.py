@@ -49,9 +49,13 @@ def parser() -> Parser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="of fine-tuning: print memory, steps and time of the run, and end",
+        help="fine-tuning only: print the memory, steps and time of the run, then stop",
     )
-    parser.add_argument("--compare", metavar="BASE", help="for eleuther_eval: compare=BASE")
+    parser.add_argument(
+        "--compare",
+        metavar="BASE",
+        help="eleuther_eval: also evaluate this base model, and show both",
+    )
     parser.add_config_arguments()
     return parser
 
@@ -95,12 +99,12 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def parse(words: Sequence[str]) -> Job:
     """Read `RECIPE --config CONFIG key=value ...` and find the files."""
-    args, unknown = parser().parse_known_intermixed_args(words)
+    reader = parser()
+    args, unknown = reader.parse_known_intermixed_args(words)
     if unknown:
-        raise ConfigError(
-            f"{unknown[0]!r} is no option of `tune run`: settings are key=value,"
-            " torchrun's options come before the recipe"
-        )
+        usual = ": settings are key=value, torchrun's options come before the recipe"
+        near = reader.near(unknown[0]) or usual
+        raise ConfigError(f"{unknown[0]!r} is no option of `tune run`{near}")
     recipe = registry.find_recipe(args.recipe)
     config = registry.find_config(args.config) if args.config else None
     _check_pair(args, recipe)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
+from mytune.cli.report import say
+from mytune.errors import ConfigError
 
 
 def parser() -> Parser:
@@ -25,11 +27,17 @@ def main(argv: list[str]) -> int:
     config = registry.find_config(args.config)
     recipe = registry.find_recipe(args.recipe) if args.recipe else registry.recipe_for(args.config)
     name = args.recipe or ""
-    loaded = load(Job(recipe, config, args.overrides, args.allow_component, name=name))
+    try:
+        loaded = load(Job(recipe, config, args.overrides, args.allow_component, name=name))
+    except ConfigError:
+        if not args.recipe and args.config not in registry.configs():
+            told = "--recipe NAME checks it against another"
+            say(f"notice: checked as a config of {recipe.name}; {told}")
+        raise
     tell(loaded)
     print(
         f"Config is well-formed: {args.config}\n"
-        f"  {len(loaded.values())} keys and their types, as {recipe.name} wants them;"
-        " components, their arguments and input files"
+        f"  Checked against {recipe.name}: {len(loaded.values())} keys and types,"
+        " components, arguments, input files"
     )
     return 0

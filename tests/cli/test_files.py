@@ -29,10 +29,10 @@ def test_ls_lists_recipes_with_their_configs(tune, root):
     assert (code, err) == (0, "")
     assert [line.split() for line in out.splitlines()] == [
         ["RECIPE", "CONFIG"],
-        ["full_finetune_single_device", "<>"],
+        ["full_finetune_single_device", "(no", "config)"],
         ["full_finetune_distributed", "fam/1B_full"],
         ["lora_finetune_single_device", NAME],
-        ["lora_finetune_distributed", "<>"],
+        ["lora_finetune_distributed", "(no", "config)"],
     ]
 
 
@@ -159,8 +159,19 @@ def test_recipe_may_be_any_path(root, name):
 def test_misspelt_recipe_is_an_error_with_the_nearest_name(root):
     with pytest.raises(ConfigError, match="did you mean 'lora_finetune_distributed'"):
         registry.find_recipe("lora_finetune_distribute")
+    with pytest.raises(ConfigError, match="did you mean 'eleuther_eval'"):
+        registry.find_recipe("eval")
+    with pytest.raises(ConfigError, match="a command, no recipe: tune download"):
+        registry.find_recipe("download")
     with pytest.raises(ConfigError, match=r"there is no file x\.py"):
         registry.find_recipe("x.py")
+
+
+@pytest.mark.parametrize("name", ["qat_distributed", "lora_dpo_distributed", "dev/generate_v2"])
+@pytest.mark.parametrize("verb", [("run",), ("ls",), ("cp", "there")], ids=str)
+def test_a_recipe_of_torchtunes_that_is_not_here_has_no_nearest(tune, verb, name):
+    code, _, err = tune(verb[0], name, *verb[1:])
+    assert code == 2 and err.endswith("torchtune's that is not here: docs/from_torchtune.md\n")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -101,6 +101,7 @@ def test_all_problems_are_reported_before_the_recipe_is_imported(tune, root):
         (["full_finetune_single_device", "--config", NAME], f"--config {NAME}`"),
         ([*LORA, "--nproc_per_node", "2"], "torchrun's options come before the recipe"),
         ([*LORA, "--batch-size=2"], "settings are key=value"),
+        (["lora_finetune_single_device", "--conifg=x"], "did you mean '--config'?"),
         (["--no_such_option=1", *LORA], "torchrun's options: unrecognized arguments: --no_such"),
         (
             ["--nproc_per_node", "2", "generate", "--config", "generation"],
@@ -163,6 +164,7 @@ def test_torchrun_options_are_told_from_the_recipe():
 def test_validate_accepts_names_files_and_overrides(tune, root):
     code, out, err = tune("validate", NAME, "batch_size=8")
     assert (code, err) == (0, "") and out.startswith(f"Config is well-formed: {NAME}\n")
+    assert "  Checked against finetune.py: 3 keys" in out
     Path("my.yaml").write_text("output_dir: x\n")
     assert tune("validate", "my.yaml").code == 0
 
@@ -178,7 +180,10 @@ def test_validate_against_a_recipe_of_the_users_own(tune, root, mine):
     mine.write_text(mine.read_text().replace("batch_size", "rows"))
     Path("my.yaml").write_text("output_dir: x\nrows: 3\n")
     assert tune("validate", "my.yaml", "--recipe", str(mine)).code == 0
-    assert tune("validate", "my.yaml").code == 2
+    code, _, err = tune("validate", "my.yaml")
+    assert code == 2 and err.startswith("notice: checked as a config of finetune.py; --recipe NAME")
+    assert "notice" not in tune("validate", "my.yaml", "--recipe", "full_finetune_distributed").err
+    assert "notice" not in tune("validate", NAME, "rows=3").err
 
 
 # --- under torchrun ---
