@@ -61,7 +61,7 @@ def recomputed_blocks(
         return range(num_layers if mode or enabled else 0)
     if option == "op":
         return range(num_layers)
-    if option is None or not str(option).isdigit() or int(option) < 1:
+    if option is None or not str(option).isdecimal() or int(option) < 1:
         raise ConfigError(
             f"ac_option is {option!r}; with ac_mode=selective it is op, or n for every n-th block"
         )

@@ -30,8 +30,8 @@ def get_device(name: str) -> torch.device:
     """
     present = _present()
     kind, _, number = name.partition(":")
-    if kind not in present or (":" in name and not number.isdigit()):
-        hint = did_you_mean(kind, present)
+    if kind not in present or (":" in name and not number.isdecimal()):
+        hint = "; did you mean 'cuda'?" if kind == "gpu" else did_you_mean(kind, present)
         raise ConfigError(f"device is {name!r}{hint}; it can be cuda, cuda:N, xpu, mps or cpu")
     if kind == "mps" and world_size() > 1:
         raise ConfigError(
@@ -97,7 +97,8 @@ def get_dtype(name: str, device: torch.device) -> torch.dtype:
             "dtype=bf16 (same size) or dtype=fp32"
         )
     if name not in _DTYPES:
-        raise ConfigError(f"dtype is {name!r}{did_you_mean(name, _DTYPES)}; it can be bf16 or fp32")
+        hint = did_you_mean(name, ("bf16", "fp32"))
+        raise ConfigError(f"dtype is {name!r}{hint}; it can be bf16 or fp32")
     dtype = _DTYPES[name]
     if dtype is torch.bfloat16 and not _computes_bf16(device):
         raise ResourceError(

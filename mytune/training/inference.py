@@ -103,10 +103,14 @@ def _check_stored(checkpointer: Any, quantizer: Any, device: torch.device, has_n
 
 def _dtype_of(embedding: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     if embedding.dtype is not dtype:
-        own, other = (str(each).removeprefix("torch.") for each in (embedding.dtype, dtype))
+        own, other = (_short(each) for each in (embedding.dtype, dtype))
         told = "the model was quantized in %s and computes in it, not in %s: set dtype=%s"
         log.warning(told, own, other, own)
     return embedding.dtype
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
 def _load_quantized(

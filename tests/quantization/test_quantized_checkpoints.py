@@ -121,10 +121,7 @@ def test_the_companions_say_what_it_is(base, quantized):
 def test_its_own_dtype_is_kept(quantized, caplog):
     model = load(quantized, torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert (
-        "quantized in bfloat16 and computes in it, not in float32: set dtype=bfloat16"
-        in caplog.text
-    )
+    assert "quantized in bf16 and computes in it, not in fp32: set dtype=bf16" in caplog.text
 
 
 def test_a_tied_model_stays_tied(tmp_path):

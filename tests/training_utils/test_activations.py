@@ -136,6 +136,7 @@ def test_which_blocks_are_recomputed(arguments, blocks):
         ((True, "selective"), "ac_option is None; with ac_mode=selective it is op, or n"),
         ((True, "selective", 0), "ac_option is 0"),
         ((True, "selective", "ops"), "ac_option is 'ops'"),
+        ((True, "selective", "²"), "ac_option is '²'"),
         ((True, None, 2), "ac_option is 2, which only ac_mode=selective takes"),
     ],
 )

@@ -62,10 +62,15 @@ def test_each_process_takes_the_device_of_its_local_rank(machine, monkeypatch):
     assert get_device("cpu") == CPU
 
 
-@pytest.mark.parametrize("name", ["cdua", "cuda:", "cuda:x", "", "gpu", "cuda:-1"])
+@pytest.mark.parametrize("name", ["cdua", "cuda:", "cuda:x", "", "gpu", "cuda:-1", "cuda:²"])
 def test_a_wrong_device_name_is_a_config_error(name):
     with pytest.raises(ConfigError, match="it can be cuda"):
         get_device(name)
+
+
+def test_gpu_is_taken_for_cuda():
+    with pytest.raises(ConfigError, match="did you mean 'cuda'"):
+        get_device("gpu")
 
 
 def test_dtypes_by_both_names_and_float16_is_refused_with_the_reason():
@@ -75,6 +80,8 @@ def test_dtypes_by_both_names_and_float16_is_refused_with_the_reason():
         get_dtype("fp16", CPU)
     with pytest.raises(ConfigError, match="did you mean 'bf16'"):
         get_dtype("bf61", CPU)
+    with pytest.raises(ConfigError, match=r"^dtype is 'float8'; it can be bf16 or fp32$"):
+        get_dtype("float8", CPU)
 
 
 def test_bfloat16_where_the_device_has_none_is_an_error(monkeypatch):
