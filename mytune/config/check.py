@@ -113,8 +113,8 @@ def _repair(key: str, missing: Path) -> str:
     """Return what may be meant: an adapter's base, or what is near; or the files' source."""
     folder = missing.parent
     if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
-        base = base_of(folder)
-        return f"; {folder} is an adapter: checkpoint_dir={base} adapter_checkpoint={folder}"
+        keys = f"checkpoint_dir={base_of(folder)} checkpointer.adapter_checkpoint={folder}"
+        return f"; {folder} is an adapter: checkpointer.{keys}"
     return _near(missing) or f"; {_SOURCES.get(key, _DOWNLOAD)}"
 
 

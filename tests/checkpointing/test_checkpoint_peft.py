@@ -169,7 +169,7 @@ def test_torchtunes_own_file_of_an_adapter_is_told_from_pefts(hf_dir: Path, tmp_
     torch.save(
         {"layers.0.attn.q_proj.lora_a.weight": torch.ones(4, 32)}, folder / "adapter_model.pt"
     )
-    with pytest.raises(CheckpointError, match=f"torchtune's own .* adapter_checkpoint={folder}$"):
+    with pytest.raises(CheckpointError, match=f"torchtune's own .*\\.adapter_checkpoint={folder}$"):
         read_adapter(folder / "adapter_model.pt")
     assert len(read_adapter(folder)[0]) == len(
         read_adapter(folder / "adapter_model.safetensors")[0]

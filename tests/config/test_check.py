@@ -192,6 +192,7 @@ def test_an_adapter_in_the_place_of_a_model_is_told_with_its_base(load: Load) ->
     part = "mytune.models.llama3.llama3_tokenizer\n  path: tuned/tokenizer.model"
     loaded = load("~dataset.source", yaml=CONFIG.replace("my_parts.model\n  size: 3", part))
     (problem,) = check_components(loaded)
-    assert problem.endswith("; tuned is an adapter: checkpoint_dir=base adapter_checkpoint=tuned")
+    keys = "checkpointer.checkpoint_dir=base checkpointer.adapter_checkpoint=tuned"
+    assert problem.endswith(f"; tuned is an adapter: {keys}")
     Path("tuned/config.json").touch()  # it is a whole model as well
     assert "is an adapter" not in check_components(loaded)[0]

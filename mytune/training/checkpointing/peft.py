@@ -73,7 +73,7 @@ def read_adapter(path: Path) -> Adapter:
     if path.name == "adapter_model.pt":
         raise CheckpointError(
             f"{path} is in torchtune's own format; {found[0]} beside it holds the same: name the "
-            f"folder, adapter_checkpoint={folder}"
+            f"folder, checkpointer.adapter_checkpoint={folder}"
         )
     config = read_json(inside(folder, ADAPTER))
     odd = [
