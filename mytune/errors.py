@@ -121,10 +121,10 @@ def did_you_mean(name: str, candidates: Iterable[str], most: int = 1) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-_SHOWN = 4  # tensors that an error names: more only scrolls its first line away
+TENSORS = 4  # that an error names: more only scrolls its first line away
 
 
-def shortened(lines: Sequence[str]) -> list[str]:
+def shortened(lines: Sequence[str], shown: int = 24) -> list[str]:
     """Return an error's details, the first ones and how many more there are."""
-    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return [*lines[:_SHOWN], *more]
+    more = [f"and {len(lines) - shown} more"] if len(lines) > shown else []
+    return [*lines[:shown], *more]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mytune.errors import CheckpointError, shortened
+from mytune.errors import TENSORS, CheckpointError, shortened
 from mytune.training.checkpointing.files import check_finite_weight, inside, read_json, to_json
 from mytune.training.checkpointing.formats import PEFT, differences
 from mytune.training.checkpointing.publish import MANIFEST, Draft
@@ -106,7 +106,7 @@ def check_adapter(adapter: Mapping[str, Tensor], expected: Mapping[str, Tensor])
         raise CheckpointError(
             f"the adapter does not fit the model: {len(problems)} of its tensors differ; base "
             "model, rank and modules must be those of its training",
-            shortened(problems),
+            shortened(problems, TENSORS),
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mytune import versions
-from mytune.errors import CheckpointError, ResourceError, first_line, shortened
+from mytune.errors import TENSORS, CheckpointError, ResourceError, first_line, shortened
 from mytune.modules.decoder import Decoder, DecoderConfig
 from mytune.quantization.tensors import (
     flatten,
@@ -79,7 +79,7 @@ def read_quantized(
     if problems := problems or differences(parameter_shapes(config), shapes):
         raise CheckpointError(
             f"{where}: {len(problems)} quantized tensors do not fit the model",
-            shortened(problems),
+            shortened(problems, TENSORS),
         )
     return weights
 

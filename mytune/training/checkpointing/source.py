@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mytune.errors import CheckpointError, ConfigError, did_you_mean, shortened
+from mytune.errors import TENSORS, CheckpointError, ConfigError, did_you_mean, shortened
 from mytune.modules.decoder import DecoderConfig
 from mytune.training.checkpointing.files import TensorFile, TensorSpec, inside, read_json
 from mytune.training.checkpointing.formats import FORMATS, Format, parameter_shapes
@@ -239,7 +239,7 @@ class Source:
                 f"{self.paths[0].parent}: {len(problems)} tensors do not fit the config's model; "
                 f"mytune.models.auto_model with model.checkpoint_dir={self.paths[0].parent} takes "
                 "the sizes from there, and lora_auto_model and qlora_auto_model do with adapters",
-                shortened(problems),
+                shortened(problems, TENSORS),
             )
         return layout
 
