@@ -22,7 +22,7 @@ from mytune.datasets.formats import (
 from mytune.datasets.packing import PackedDataset
 from mytune.datasets.sources import DataFiles, Row, open_source
 from mytune.datasets.tokens import Encode, TokenDataset, write_tokens
-from mytune.errors import ConfigError, DataError
+from mytune.errors import ConfigError, DataError, did_you_mean
 from mytune.tokenizers.base import ModelTokenizer
 from mytune.tokenizers.messages import Message, validate_messages
 
@@ -162,7 +162,9 @@ def chat_dataset(
     """Conversations of several turns, in the style `sharegpt` or `openai`."""
     if conversation_style not in _CONVERSATIONS:
         raise ConfigError(
-            f"conversation_style is {conversation_style!r}; it can be {', '.join(_CONVERSATIONS)}"
+            f"conversation_style is {conversation_style!r}"
+            f"{did_you_mean(conversation_style, _CONVERSATIONS)}; it can be "
+            f"{', '.join(_CONVERSATIONS)}"
         )
     style = _CONVERSATIONS[conversation_style]
     transform = style(train_on_input, {style.column: conversation_column}, new_system_prompt)
