@@ -236,11 +236,12 @@ def report(
     for name, was in before.items():
         now = after[name]
         if was is not None and now is not None:
-            print(f"{name.replace('_', ' '):<18}{told(was):>14}{told(now):>14}{now / was:>8.3f}")
+            figures = f"{format_number(was):>14}{format_number(now):>14}{now / was:>8.3f}"
+            print(f"{name.replace('_', ' '):<18}{figures}")
     log.info("report: %s", file)
     log.info("to use it: checkpointer.checkpoint_dir=%s", target)
 
 
-def told(value: Any) -> str:
+def format_number(value: Any) -> str:
     """Return a count with its thousands, another number with four digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:#,.4g}".rstrip(".")

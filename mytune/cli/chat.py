@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
-from mytune.cli.run import Job, execute, load, prepare_torch, tell
+from mytune.cli.run import Job, execute, load, prepare_torch, print_notices
 from mytune.errors import CheckpointError, ConfigError
 
 # What describes the model in a directory, and who reads the weights beside it.
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     )
     prepare_torch()
     loaded = load(job)
-    tell(loaded)
+    print_notices(loaded)
     return execute(job, loaded)
 
 

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     job = parse(words)
     prepare_torch()
     loaded = load(job)
-    tell(loaded)
+    print_notices(loaded)
     if options or job.recipe.stem.endswith("_distributed") or words[0].endswith("_distributed"):
         from mytune.cli.torchrun import as_one_of, launch
 
@@ -174,7 +174,7 @@ def load(job: Job, *, components: bool = True) -> LoadedConfig:
     return loaded
 
 
-def tell(loaded: LoadedConfig) -> None:
+def print_notices(loaded: LoadedConfig) -> None:
     """Print what the user should know about the config, on stderr."""
     for notice in loaded.notices:
         say(f"notice: {notice}")
@@ -205,7 +205,7 @@ def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
         prepare_torch()
         job = parse(words)
         loaded = load(job)
-        tell(loaded)
+        print_notices(loaded)
         return execute(job, loaded, caller if same else None)
 
     return report(work)

@@ -82,14 +82,14 @@ def differing(base: Results, tuned: Results, config: str) -> list[str]:
         if key in earlier.keys() & now.keys() and earlier[key] != now[key]
     ]
     return found + [
-        f"{task}: {what} was {_told(before)} for the base and is {_told(after)}"
+        f"{task}: {what} was {_countable(before)} for the base and is {_countable(after)}"
         for what in _COMPARED
         for task, after in tuned.get(what, {}).items()
-        if _told(before := base.get(what, {}).get(task, after)) != _told(after)
+        if _countable(before := base.get(what, {}).get(task, after)) != _countable(after)
     ]
 
 
-def _told(value: Any) -> Any:
+def _countable(value: Any) -> Any:
     """Return a number as it is, and of the harness's counts how many were measured."""
     return value.get("effective", value) if isinstance(value, dict) else value
 

@@ -48,12 +48,12 @@ def check_disk_space(path: str | Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ResourceError(
-            f"output_dir: {path} has {told_size(free)} free, a checkpoint needs "
-            f"{told_size(needed)}; free some space, change output_dir, or set "
+            f"output_dir: {path} has {format_size(free)} free, a checkpoint needs "
+            f"{format_size(needed)}; free some space, change output_dir, or set "
             "save_adapter_weights_only=True or keep_last_n_checkpoints"
         )
 
 
-def told_size(nbytes: int) -> str:
+def format_size(nbytes: int) -> str:
     """Return a size for people."""
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.2f} MiB"

@@ -81,7 +81,7 @@ def _lock(descriptor: int, lock: Path) -> None:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
         raise DirectoryInUseError(
-            f"output_dir: {lock.parent} belongs to a run that is going on ({_told(owner)}); "
+            f"output_dir: {lock.parent} belongs to a run that is going on ({_describe(owner)}); "
             "wait for it or choose another output_dir"
         ) from error
     owner = _owner(descriptor)
@@ -90,10 +90,10 @@ def _lock(descriptor: int, lock: Path) -> None:
     # A lock need not reach over a network file system: only our own machine is known rid of it.
     if me["boot_id"] != owner.get("boot_id") and me["host"] != owner.get("host"):
         raise DirectoryInUseError(
-            f"output_dir: {lock.parent} belongs to a run on another machine ({_told(owner)}); "
+            f"output_dir: {lock.parent} belongs to a run on another machine ({_describe(owner)}); "
             f"if it has ended, delete {lock}"
         )
-    log.warning("Taking over %s from a run that died (%s)", lock.parent, _told(owner))
+    log.warning("Taking over %s from a run that died (%s)", lock.parent, _describe(owner))
 
 
 def _identity() -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _owner(descriptor: int) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _told(owner: dict[str, Any]) -> str:
+def _describe(owner: dict[str, Any]) -> str:
     return f"pid {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')}"
 
 

@@ -43,7 +43,7 @@ from mytune.training.checkpointing.resume import (
 )
 from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
 from mytune.training.checkpointing.weights_io import Plan, plan_weights, write_weights
-from mytune.training.disk import check_disk_space, told_size
+from mytune.training.disk import check_disk_space, format_size
 from mytune.training.distributed import from_rank_0, patient_barrier, rank
 
 log = logging.getLogger("mytune")
@@ -119,7 +119,7 @@ class _Checkpointer:
             CheckpointError: they do not fit; tensors that do not are named, with both shapes.
         """
         size = sum(path.stat().st_size for path in self.source.paths)
-        where = (told_size(size), self.format.name, self.source_dir)
+        where = (format_size(size), self.format.name, self.source_dir)
         log.info("Reading %s of %s weights from %s", *where)
         return self.source.weights(config)
 
@@ -156,7 +156,7 @@ class _Checkpointer:
         check_disk_space(target.parent, size)
         config = torchao_config(quantizer, model.device)
         publish_quantized(target, model, describe_config(config), self.source_dir)
-        log.info("Model checkpoint of size %s saved to %s", told_size(size), target)
+        log.info("Model checkpoint of size %s saved to %s", format_size(size), target)
 
     def load_checkpoint(self) -> dict[str, dict[str, Tensor]]:
         """Return `{"model": weights}`; the sizes come from the config.json or params.json there."""
@@ -349,7 +349,7 @@ def _report(target: Path, records: Mapping[str, FileRecord]) -> None:
     for what, folder in (("Model", ""), ("Adapter", "adapter"), ("Recipe", "recipe_state")):
         sizes = [r.size for name, r in records.items() if name.rpartition("/")[0] == folder]
         if sum(sizes) and (folder or len(sizes) > 1):  # the manifest alone is no model
-            size = told_size(sum(sizes))
+            size = format_size(sum(sizes))
             log.info("%s checkpoint of size %s saved to %s", what, size, target / folder)
 
 

@@ -68,21 +68,21 @@ def write_pieces(draft: Draft, stem: str, pieces: Pieces, finite: bool = False) 
         check_finite_weight(key, tensor)
     draft.add_tensors(name, pieces.tensors)
     if pieces.part.index > 0:
-        _tell(draft.path / name, draft.records[name])
+        _write_record(draft.path / name, draft.records[name])
         return
     for index in range(1, pieces.part.count):
         other = pieces.file(stem, index)
-        draft.records[other] = _told(draft.path / other)
+        draft.records[other] = _read_record(draft.path / other)
 
 
-def _tell(file: Path, record: FileRecord) -> None:
+def _write_record(file: Path, record: FileRecord) -> None:
     """Leave beside a file what the manifest shall say of it."""
     part = file.with_suffix(".part")
     part.write_text(json.dumps([record.size, record.sha256]))
     part.rename(file.with_suffix(".record"))
 
 
-def _told(file: Path) -> FileRecord:
+def _read_record(file: Path) -> FileRecord:
     """Wait for another rank's file; a rank that dies ends the whole run, and so the waiting."""
     record = file.with_suffix(".record")
     while not record.exists():  # over a network file system this may be some seconds old
