@@ -91,8 +91,8 @@ class Config:
     device: str = "cuda"
     # Of weights and computation: bf16 or fp32.
     dtype: str = "bf16"
-    # Compile the step for one token: it takes a while, then every token takes less. On a CPU that
-    # is for quantized weights; others are packed.
+    # Compile the step for one token: it takes a while, then every token takes less. On a CPU only
+    # with quantized weights; others are laid out for its own kernels instead.
     compile: bool = False
     # DEBUG, INFO, WARNING or ERROR.
     log_level: str = "INFO"

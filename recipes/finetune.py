@@ -199,11 +199,11 @@ class Config:
     enable_activation_checkpointing: bool = False
     # Which blocks do so: full (all), selective (see ac_option) or auto (as many as memory demands).
     ac_mode: str | None = None
-    # With ac_mode=selective: n for every n-th block, op for all but half of their products.
+    # With ac_mode=selective: n for every n-th block, op for all but attention and half the matmuls.
     ac_option: int | str | None = None
     # Keep in the CPU's memory what the backward pass needs.
     enable_activation_offloading: bool = False
-    # Copy it beside the computation, on a stream of its own (cuda only).
+    # Copy activations while computing, on a stream of their own (cuda only).
     activation_offloading_use_streams: bool = True
     # Step the optimizer in the backward pass and free each gradient at once: less memory.
     optimizer_in_bwd: bool = False

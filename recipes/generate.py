@@ -101,8 +101,8 @@ class Config:
     device: str = "cuda"
     # Of weights and computation: bf16 or fp32.
     dtype: str = "bf16"
-    # Compile the step for one token: it takes a while, then every token takes less. On a CPU that
-    # is for quantized weights; others are packed.
+    # Compile the step for one token: it takes a while, then every token takes less. On a CPU only
+    # with quantized weights; others are laid out for its own kernels instead.
     compile: bool = False
     # Quantize the linears once they are loaded; a quantized checkpoint needs none.
     quantizer: Component | None = None

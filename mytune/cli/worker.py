@@ -62,7 +62,7 @@ def running(attempt: Path) -> list[int]:
 
 
 class Outcome(NamedTuple):
-    """How a rank ended; `lost` if it only tells that others did. They compare as they came."""
+    """How a rank ended. In order: a failure of its own before one that only lost its peers."""
 
     lost: bool = False
     time: float = 0.0

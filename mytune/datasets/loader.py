@@ -86,7 +86,7 @@ class BatchLoader:
         return {**batch, "rows": torch.from_numpy(rows)}
 
     def _spare(self) -> Sample:
-        """Return a token that trains nothing: a rank without rows still takes part in the step."""
+        """Return a sample of one masked token, for a rank that has no rows in the last step."""
         first = self.dataset[0]
         first["labels"].fill(IGNORE_INDEX)
         return cast(Sample, {key: cast(Int32Array, array)[:1] for key, array in first.items()})

@@ -18,7 +18,7 @@ from mytune.generation.sampling import Sampler, Sampling, check_sampling
 from mytune.generation.trees import Tree, common_beginning, plant_if_alike
 from mytune.modules.decoder import Decoder, DecoderConfig
 
-_SAVED = 256  # keys of which no copies are read, so that it pays to keep them once
+_SAVED = 256  # duplicate keys from which on it pays to keep a shared beginning once
 
 
 def check_prompt(prompt_ids: Sequence[int], config: DecoderConfig) -> None:
@@ -51,7 +51,7 @@ class PromptCache:
     def __init__(self, model: Decoder, length: int, compile: bool = False) -> None:
         self.reader = _cached_reader(model, 1, length, None, compile)
         self.length = length
-        self.ids: list[int] = []  # what has been read, and perhaps more: see `recall`
+        self.ids: list[int] = []  # of prompt and answer; the first `cache.filled` are in the cache
 
     def recall(self, prompt_ids: Sequence[int]) -> int:
         """Forget all that `prompt_ids` does not begin with; return how much of it is known."""

@@ -67,8 +67,8 @@ class KVCache(Cache):
 class BranchedKVCache(KVCache):
     """Keys and values of rows that begin alike: those of the common positions are kept once.
 
-    On a CPU, whose attention can tell the sums that it has divided by: all rows together attend to
-    the common positions, as queries of one row, each to its own, and the sums weigh the two.
+    All rows together attend to the common positions, as queries of one row, and each to its own;
+    the two are merged by their log-sum-exps, which only the CPU's attention returns.
 
     Args:
         common: positions that are the same in all rows.

@@ -106,8 +106,7 @@ def _at_least(probabilities: Tensor, min_p: float | None) -> Tensor:
 def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw an index per row; probabilities need not sum to 1.
 
-    Of clocks that ring after exponential times, at these rates, take the first. `torch.multinomial`
-    would wait for the device.
+    The largest of p / Exp(1) is a draw from p. `torch.multinomial` would wait for the device.
     """
     clocks = torch.empty_like(probabilities).exponential_(generator=generator)
     clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)  # 0 / 0 would let an excluded token win

@@ -18,7 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Derived(NamedTuple):
-    """A tensor, and how to make it again: `make(*sources)`. Without sources it is kept itself."""
+    """A tensor that the backward pass can recompute, as `make(*sources)`: only these are saved.
+
+    Without sources it is saved itself.
+    """
 
     value: Tensor
     make: Callable[..., Tensor] = lambda x: x

@@ -35,7 +35,7 @@ def block_mask(document_ids: Tensor) -> BlockMask:
     """
     length = document_ids.shape[1]
     ids = document_ids.where(document_ids >= 0, _PADDING)
-    # Another number than padding's: a block that ends outside the row is never wholly seen.
+    # A number that no document has, so that a block beyond the row's end is never wholly visible.
     blocks = F.pad(ids, (0, -length % _BLOCK), value=_PADDING + 1).unflatten(1, (-1, _BLOCK))
     first, last = blocks.amin(-1), blocks.amax(-1)  # [b, n]
     number = torch.arange(first.shape[1], device=ids.device)

@@ -73,7 +73,7 @@ class Int4WeightOnlyQuantizer(Quantizer):
 
 @dataclass(frozen=True)
 class Int8DynActInt4WeightQuantizer(Quantizer):
-    """Activations in 8 bits, weights of 4 bits kept in bytes: ExecuTorch's numbers, not size."""
+    """Activations in 8 bits, weights in 4: rounded as ExecuTorch does, stored in a byte."""
 
     groupsize: int = 256
 

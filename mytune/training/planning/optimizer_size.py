@@ -25,8 +25,9 @@ def optimizer_size(
 ) -> OptimizerSize:
     """Return what an optimizer takes for the parameters of a model that train.
 
-    One is built for two small parameters and takes a step; what the larger one has more is its
-    state per element. Paged and offloaded state is not on the device.
+    One is built for two small parameters and takes a step: the difference of their states, divided
+    by that of their sizes, is the state per element. Paged and offloaded state is not on the
+    device.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     name = str(optimizer["_component_"]).rpartition(".")[2]
