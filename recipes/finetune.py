@@ -528,6 +528,11 @@ def check(cfg: Config) -> None:
         raise ConfigError(f"device_memory is {cfg.device_memory}; it must be above 0 GiB, or null")
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
         raise ConfigError(f"clip_grad_norm is {cfg.clip_grad_norm}; it must be above 0, or null")
+    if (loss := cfg.loss["_component_"]).startswith("torch.nn."):
+        raise ConfigError(
+            f"loss is {loss}, which compares logits with labels; here a loss is "
+            "called with the model and a batch, as mytune.modules.LinearCrossEntropyLoss"
+        )
     recomputed_blocks(1, cfg.enable_activation_checkpointing, cfg.ac_mode, cfg.ac_option)
     check_step_in_backward(
         cfg.optimizer, cfg.optimizer_in_bwd, cfg.gradient_accumulation_steps, cfg.clip_grad_norm
@@ -542,8 +547,8 @@ def lock_output_dirs(
     folders = dict.fromkeys(map(os.path.realpath, both))
     for folder in folders:
         stack.enter_context(output_dir_lock(folder))
-    # torchrun may have started this run anew.
-    resume = cfg.resume_from_checkpoint or checkpointer.resume or any(map(was_taken, folders))
+    anew = all(map(was_taken, folders))  # started so by torchrun
+    resume = cfg.resume_from_checkpoint or checkpointer.resume or anew
     for folder in folders:
         check_output_dir(
             folder,

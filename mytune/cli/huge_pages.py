@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from mytune.errors import TuneError
 
@@ -19,9 +20,12 @@ TUNABLES, SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 def begin_again(words: Sequence[str]) -> None:
     """Start this process once more, with huge pages, if its command line trains nothing.
 
-    Only on Linux; where the user has set glibc's tunables, they stay.
+    Only on Linux, and not in a program that calls `main`; what the user has set for glibc stays.
     """
-    if sys.platform == "linux" and TUNABLES not in os.environ and _only_reads(words):
+    is_tune = Path(sys.argv[0]).parts[-2:] == ("mytune", "__main__.py")
+    is_tune |= Path(sys.argv[0]).name == "tune"
+    is_tune &= sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :] == sys.argv[1:]
+    if is_tune and sys.platform == "linux" and TUNABLES not in os.environ and _only_reads(words):
         variables = os.environ | {TUNABLES: SETTING}
         with suppress(OSError):  # such as a Python that has been removed
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], variables)
@@ -35,7 +39,7 @@ def _only_reads(words: Sequence[str]) -> bool:
     from mytune.cli import registry, run
     from mytune.config.schema import read_schema
 
-    with suppress(TuneError):  # it is told later
+    with suppress(TuneError, OSError):  # it is told later
         for recipe in run.split(words[1:])[1][:1]:
             return "optimizer" not in read_schema(registry.find_recipe(recipe)).names
     return False

@@ -29,7 +29,8 @@ class Parser(argparse.ArgumentParser):
 
     def near(self, option: str) -> str:
         """Return `"; did you mean '--x'?"`, or nothing."""
-        return did_you_mean(option.partition("=")[0], self._option_string_actions)
+        names = [name for name in self._option_string_actions if name not in ("-h", "--help")]
+        return did_you_mean(option.partition("=")[0], names)
 
     def error(self, message: str) -> NoReturn:
         told = message.replace(", key=value", "")  # which need not be there

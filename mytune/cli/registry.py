@@ -66,7 +66,10 @@ _RECIPES = [
     Recipe("chat", "chat.py", (), ranks=False),  # `tune chat` makes its config
 ]
 RECIPES = {recipe.name: recipe for recipe in _RECIPES}
-_TORCHTUNES = "qat|dpo|ppo|grpo|knowledge_distillation|early_exit|generate_v2|multi_dataset"
+_TORCHTUNES = (
+    r"(dev/)?((full|lora|async)_)?"
+    r"(qat|dpo|ppo|grpo|knowledge_distillation|early_exit|generate_v2|multi_dataset)(_\w+)?"
+)
 
 
 def configs() -> list[str]:
@@ -86,7 +89,7 @@ def recipe_of(config: str) -> Recipe | None:
 
 def unknown(kind: str, name: str, names: Iterable[str]) -> ConfigError:
     """Return the error for a name that is not one of `names`, with the nearest of them."""
-    if "recipe" in kind and re.search(_TORCHTUNES, name):
+    if "recipe" in kind and re.fullmatch(_TORCHTUNES, name):
         return ConfigError(
             f"{name} is a recipe of torchtune's that is not here: docs/from_torchtune.md"
         )

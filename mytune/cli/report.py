@@ -29,6 +29,7 @@ _ENVIRONMENT = {
     errno.EFBIG: "a file would be larger than its limit (ulimit -f, or the disk's)",
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
+    errno.ENAMETOOLONG: "the name of a file is too long",
 }
 _PACKAGE = str(Path(__file__).parents[1])
 

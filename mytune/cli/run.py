@@ -102,9 +102,10 @@ def parse(words: Sequence[str]) -> Job:
     reader = parser()
     args, unknown = reader.parse_known_intermixed_args(words)
     if unknown:
-        usual = ": settings are key=value, torchrun's options come before the recipe"
-        near = reader.near(unknown[0]) or usual
-        raise ConfigError(f"{unknown[0]!r} is no option of `tune run`{near}")
+        raise ConfigError(
+            f"{unknown[0]!r} is no option of `tune run`: settings are key=value, torchrun's "
+            f"options come before the recipe{reader.near(unknown[0])}"
+        )
     recipe = registry.find_recipe(args.recipe)
     config = registry.find_config(args.config) if args.config else None
     _check_pair(args, recipe)

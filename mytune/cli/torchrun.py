@@ -60,8 +60,10 @@ def launch(options: Sequence[str], words: Sequence[str]) -> int:
             failure = min(codes, key=lambda each: (each[0] == -signal.SIGTERM, each))
         except SignalException as error:
             return 128 + error.sigval
-        first = first_failure(_last_attempt(folder))
-        silent = silent_ranks(_last_attempt(folder))
+        attempt = _last_attempt(folder)
+        for stopped in folder.glob(f"*/{STOP}"):  # after it no attempt does anything
+            attempt = stopped.parent if first_failure(stopped.parent).code else attempt
+        first, silent = first_failure(attempt), silent_ranks(attempt)
     if failure and (not first.code or (first.lost and failure[0] < 0)):
         raise RankDied(failure[1], failure[0])
     say(first.text)
@@ -170,7 +172,9 @@ def _pass_signals_on(folder: Path) -> Iterator[None]:
         if asked or not workers:
             raise SystemExit(128 + number)
         asked.append(number)
-        (_last_attempt(folder) / STOP).write_text(str(128 + number))
+        stop = _last_attempt(folder) / STOP
+        stop.with_suffix(".part").write_text(str(128 + number))
+        stop.with_suffix(".part").rename(stop)
         for worker in workers:
             with suppress(ProcessLookupError):
                 os.kill(worker, number)

@@ -44,6 +44,7 @@ _OURS = (
 _OPTIMIZER = "torch.optim.optimizer.Optimizer"
 _OTHERS = {
     "torch.optim": (_OPTIMIZER, "torch.optim.lr_scheduler.LRScheduler"),
+    "torch.nn": ("torch.nn.modules.module.Module",),
     "torchao": (
         _OPTIMIZER,
         "torchao.core.config.AOBaseConfig",

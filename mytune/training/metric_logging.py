@@ -131,7 +131,7 @@ class DiskLogger(MetricLogger):
                     "change metric_logger.log_dir or filename"
                 )
             kept = [line for line in lines if _step(line) <= step]
-            if len(lines) > len(kept) == 0:
+            if step == 0 and lines:
                 self._set_aside()
             else:
                 write_atomic(self.path, b"".join(line + b"\n" for line in kept))

@@ -135,16 +135,20 @@ def test_a_step_that_a_manifest_got_wrong_is_noticed(
     assert "is of step 7, recipe_state/state.json of step 6" in caplog.text
 
 
-def test_what_a_kill_kept_from_being_removed_is_removed_on_resume(
-    hf_dir: Path, tmp_path: Path
-) -> None:
-    run = Run(hf_dir, tmp_path / "out", tiny.SIZES)
-    for step in (1, 2, 3):
-        run.save(f"step_{step}", step)
+def test_what_the_run_reads_is_not_removed(hf_dir: Path, tmp_path: Path) -> None:
+    first = Run(hf_dir, tmp_path / "out", tiny.SIZES)
+    base = first.save("epoch_0", 1)
+    run = Run(base, first.out, tiny.SIZES, keep_last_n_checkpoints=1)
+    for step in (2, 3, 4):
+        run.save(f"epoch_{step - 1}", step)
+    assert run.names() == ["epoch_0", "epoch_3"]
+
+
+def test_a_draft_of_a_small_file_is_removed_by_the_next_run(run: Run) -> None:
+    run.save("step_1", 1)
     (run.out / ".config.yaml.tmp-123").touch()
-    Run(hf_dir, run.out, tiny.SIZES, keep_last_n_checkpoints=2).checkpointer.latest()
     with output_dir_lock(run.out):
-        assert run.names() == [".mytune.lock", "step_2", "step_3"]
+        assert run.names() == [".mytune.lock", "step_1"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "recipe_state/optimizer.safetensors"])

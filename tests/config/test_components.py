@@ -63,14 +63,12 @@ FOREIGN = [
     "mytune.errors.TuneError",
     "mytunes.models.x",
     "torchvision.models.resnet18",
-    "torch.nn.functional.cross_entropy",
-    "torch.nn.utils.rnn.pad_sequence",
+]
+IN_DISGUISE = [
     "torch.nn.modules.module.torch.load",
     "torch.nn.modules.linear.math.sqrt",
     "torch.nn.functional.importlib.import_module",
     "torch.nn.functional.warnings.warn",
-]
-IN_DISGUISE = [
     "torch.optim.optimizer.functools.partial",
     "torch.optim.optimizer.torch.hub.load",
     "mytune.models.lazy_names",
@@ -83,7 +81,6 @@ MALFORMED = [
     "a..b",
     "torch.nn.Module.__init__",
     "torch.nn.Linear.__class__.mro",
-    "torch.nn.MSELoss",
     "a b.c",
     "",
     "os;system.x",
@@ -112,7 +109,9 @@ def test_an_object_that_comes_from_elsewhere_is_refused(folder: Path, name: str)
     "name",
     [
         "torch.optim.AdamW",
+        "torch.nn.Linear",
         "torch.optim.lr_scheduler.StepLR",
+        "torch.nn.CrossEntropyLoss",
         "torchao.optim.AdamW8bit",
         "torchao.quantization.Int8WeightOnlyConfig",
         "torchao.quantization.PerRow",
@@ -128,6 +127,8 @@ NO_COMPONENTS = [
     "torchao.utils.benchmark_model",
     "torchao.prototype.pat.utils.instantiate_module",
     "torchao.quantization.quantize_",
+    "torch.nn.functional.cross_entropy",
+    "torch.nn.utils.rnn.pad_sequence",
     "torch.optim.swa_utils.update_bn",
 ]
 
@@ -182,18 +183,11 @@ def test_an_unknown_component_is_told_the_nearest(folder: Path) -> None:
         ("torch.optim.AdmW", "AdamW"),
         ("mytune.models.lama3.llama3_8b", "llama3"),
         ("my_parts.modl", "model"),
-        ("mytune.training.cosine", "get_cosine_schedule_with_warmup"),
     ]:
         with pytest.raises(
             ConfigError, match=f"unknown component '{name}'; did you mean '{right}'"
         ):
             find_component(name)
-
-
-def test_what_mytune_has_not_is_unknown_and_not_to_be_let_in(load: Load) -> None:
-    (problem,) = load("optimizer=torchtune.rlhf.loss.DPOLoss").problems
-    assert "unknown component 'mytune.rlhf.loss.DPOLoss'" in problem
-    assert "--allow-component" not in problem
 
 
 def test_a_missing_package_is_told_with_how_to_install_it(
@@ -222,15 +216,12 @@ def test_a_missing_package_is_told_with_how_to_install_it(
 )
 def test_a_function_of_ours_that_no_config_is_made_of_is_refused(name: str) -> None:
     """`load_or_write` removes the folder it is given, `_tracker` imports any module."""
-    with pytest.raises(ConfigError, match=r"not a component|unknown component"):
+    with pytest.raises(ConfigError, match=r"(not a|unknown) component"):
         find_component(name)
 
 
-@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
-def test_packages_say_nothing_of_their_own_when_they_are_imported(package: str) -> None:
-    pytest.importorskip(package)
-    name = f"{package}.optim.AdamW8bit"
-    code = f"from mytune.config.components import find_component as f; f({name!r})"
+def test_torchao_says_nothing_of_its_own_when_it_is_imported() -> None:
+    code = "from mytune.config.components import find_component as f; f('torchao.optim.AdamW8bit')"
     loud = {k: v for k, v in os.environ.items() if k != "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"}
     done = subprocess.run([sys.executable, "-c", code], env=loud, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -135,6 +135,18 @@ def test_a_run_asked_to_stop_while_it_loads_is_not_started_anew(start, config):
     assert "resuming from" not in err
 
 
+FAIL_AFTER_A_SIGNAL = (
+    "os.kill(os.getppid(), signal.SIGTERM); time.sleep(1); raise ConfigError('no')"
+)
+
+
+def test_what_goes_wrong_after_a_signal_is_told(start):
+    line = SICK.format(when="", what=FAIL_AFTER_A_SIGNAL)
+    process = start("--nproc_per_node=2", "--max-restarts=1", line=line)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 2 and "error: no" in err, err
+
+
 def test_what_is_refused_is_refused_again_when_torchrun_starts_anew(start, run, config):
     run(config)
     before = Path(config["output_dir"], "metrics.jsonl").read_bytes()

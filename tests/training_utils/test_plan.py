@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from mytune.training import (
 from mytune.training.planning.optimizer_size import optimizer_size
 from mytune.training.planning.plan import GIB
 from mytune.training.planning.simulate import Ledger, set_meta_dtype
+from mytune.training.planning.smaller import _four_bits
 
 SIZES = dict(
     vocab_size=2048, num_layers=3, num_heads=4, num_kv_heads=2, embed_dim=128, max_seq_len=256
@@ -184,6 +186,20 @@ def test_as_few_blocks_are_recomputed_as_memory_demands(build):
     for memory in (needed[0], needed[0] - 1, needed[2] + 1, needed[5] - 1):
         blocks = fewest_recomputed_blocks(model, LOSS, base, memory)
         assert blocks == range(min((n for n in range(6) if needed[n] <= memory), default=5))
+
+
+@pytest.mark.parametrize(
+    ("builder", "twin"),
+    [
+        ("mytune.models.llama3.lora_llama3_8b", "mytune.models.llama3.qlora_llama3_8b"),
+        ("mytune.models.lora_auto_model", "mytune.models.qlora_auto_model"),
+        ("mytune.models.llama3.llama3_8b", None),
+        ("mine.lora_model", None),
+    ],
+)
+def test_a_lora_builder_of_ours_has_a_twin_in_4_bits(builder, twin):
+    change = _four_bits(SimpleNamespace(model={"_component_": builder, "quantize_base": False}))
+    assert (change and change.values["model"]) == (twin and {"_component_": twin})
 
 
 OPTIMIZERS = [

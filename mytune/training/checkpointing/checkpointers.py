@@ -190,10 +190,8 @@ class _Checkpointer:
         wanted = named[-1] if named else None if said.suffix == ".pt" else str(said)
         # One rank reads it whole, and all agree on what it found.
         found = latest(self.output_dir, wanted) if rank() == 0 else None
-        if found and wanted:
-            self._branch = Branch(wanted, found.step)
-        elif found and self._keep:  # a killed run may have left one more
-            prune(self.output_dir, self._keep, found.path)
+        if found and (origin := wanted or found.manifest.get("recipe_checkpoint")):
+            self._branch = Branch(origin, found.step)
         patient_barrier()
         name = from_rank_0(found and found.path.name)
         return (
@@ -281,7 +279,7 @@ class _Checkpointer:
             if rank() == 0:
                 _report(target, draft.records)
                 if self._keep:
-                    prune(self.output_dir, self._keep, target)
+                    prune(self.output_dir, self._keep, {target, self.source_dir})
 
         self._pending = self._background.submit(write)
         if not background:

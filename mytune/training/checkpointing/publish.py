@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,9 +223,15 @@ def candidates(output_dir: Path) -> list[Candidate]:
     return sorted(found, key=lambda candidate: (-candidate.step, candidate.path.name))
 
 
-def prune(output_dir: Path, keep: int, newest: Path) -> None:
-    """Remove all but the last `keep` checkpoints; `newest`, just verified, always stays."""
-    older = [c.path for c in candidates(output_dir) if c.step >= 0 and c.path != newest]
+def prune(output_dir: Path, keep: int, needed: Collection[Path]) -> None:
+    """Remove all but the last `keep` checkpoints.
+
+    Args:
+        needed: always stay: the newest, just verified, and what the run reads.
+    """
+    stay = {path.resolve() for path in needed}
+    found = [c.path for c in candidates(output_dir) if c.step >= 0]
+    older = [path for path in found if path.resolve() not in stay]
     for path in older[keep - 1 :]:
         log.info("Removing %s (keep_last_n_checkpoints=%d)", path, keep)
         remove(path)

@@ -106,7 +106,7 @@ def _step_in_backward(cfg: Any) -> Change | None:
 def _four_bits(cfg: Any) -> Change | None:
     """The QLoRA twin of a LoRA builder: each of mytune's has one."""
     package, _, name = cfg.model["_component_"].rpartition(".")
-    if not (package.startswith("mytune.models.") and name.startswith("lora_")):
+    if not (f"{package}.".startswith("mytune.models.") and name.startswith("lora_")):
         return None
     other = f"{package}.q{name}"
     values = {key: value for key, value in cfg.model.items() if key != "quantize_base"}
