@@ -676,7 +676,7 @@ def shard(cfg: Config, model: Decoder, device: torch.device, ranks: int) -> None
     """Share the model out over `ranks` each, or let every one hold it whole."""
     replicate = world_size() // ranks
     if world_size() > 1:
-        log.info("ranks: %d copies of the model, each shared by %d", replicate, ranks)
+        log.info("copies of the model: %d, each shared by %d ranks", replicate, ranks)
     shard_model(
         model,
         device,

@@ -48,7 +48,7 @@ def test_torchrun_starts_the_ranks(run, config, tmp_path):
     command += ["gradient_accumulation_steps=1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "ranks: 1 copies of the model, each shared by 2" in result.stderr
+    assert "copies of the model: 1, each shared by 2 ranks" in result.stderr
     lines = Path(config["output_dir"], "metrics.jsonl").read_text().splitlines()
     assert_same_curve([json.loads(line) for line in lines], alone)
     assert_same_weights(config["output_dir"] + "_alone/epoch_3", config["output_dir"] + "/epoch_3")

@@ -148,7 +148,7 @@ def _memory(plan: MemoryPlan, settings: StepSettings, model: nn.Module) -> list[
     lines = [f"{'':<18}{name:>10}"]
     for title, size, most, what in parts:
         bar = "#" * round(_BAR * size / largest)
-        at_most = f", {most / unit:,.2f} at another time" if most > 1.05 * size else ""
+        at_most = f", at most {most / unit:,.2f}, at another moment" if most > 1.05 * size else ""
         lines.append(f"  {title:<16}{size / unit:>10,.2f}  {bar:<{_BAR}}  {what}{at_most}")
     lines.append(f"  {'peak':<16}{plan.peak / unit:>10,.2f}")
     lines.append(f"  {'reserve':<16}{plan.reserve / unit:>10,.2f}  {_reserve(plan.device)}")
