@@ -331,6 +331,7 @@ def main(cfg: Config) -> None:
             last_epoch=step - 1,
         )
 
+        # From here on the folders are this run's.
         for folder in folders:
             take(folder, resume=resume)
         logger.resume_at(step)
