@@ -162,9 +162,8 @@ def chat_dataset(
     """Conversations of several turns, in the style `sharegpt` or `openai`."""
     if conversation_style not in _CONVERSATIONS:
         raise ConfigError(
-            f"conversation_style is {conversation_style!r}"
-            f"{did_you_mean(conversation_style, _CONVERSATIONS)}; it can be "
-            f"{', '.join(_CONVERSATIONS)}"
+            f"conversation_style is {conversation_style!r}; it can be {', '.join(_CONVERSATIONS)}"
+            f"{did_you_mean(conversation_style, _CONVERSATIONS)}"
         )
     style = _CONVERSATIONS[conversation_style]
     transform = style(train_on_input, {style.column: conversation_column}, new_system_prompt)
