@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -276,7 +276,11 @@ def main(cfg: Config) -> None:
 
     with ExitStack() as stack:
         stack.enter_context(process_group(device, cfg.distributed_timeout))
-        folders, resume = lock_output_dirs(stack, cfg, checkpointer)
+        written = {"output_dir": cfg.output_dir, "checkpointer.output_dir": checkpointer.output_dir}
+        folders = lock_output_dirs(stack, written)
+        anew = all(map(was_taken, folders))  # started so by torchrun
+        resume = cfg.resume_from_checkpoint or checkpointer.resume or anew
+        check_output_dirs(cfg, folders, checkpointer, resume)
         stack.callback(checkpointer.finish)  # also after an error, and before the lock goes
         resumed = checkpointer.latest() if resume else None
         if resume and not resumed:
@@ -309,6 +313,11 @@ def main(cfg: Config) -> None:
         loss_fn = instantiate(cfg.loss)
         logger = MetricLoggers(as_list(instantiate(cfg.metric_logger)))
         stack.callback(logger.close)
+        if logger.metrics_file:
+            log_dir = {"metric_logger.log_dir": logger.metrics_file.parent}
+            logs = lock_output_dirs(stack, log_dir, folders)
+            check_output_dirs(cfg, logs, checkpointer, resume)
+            folders |= logs
         profiler = stack.enter_context(instantiate(cfg.profiler))
 
         settings = choose_memory_settings(
@@ -541,23 +550,30 @@ def check(cfg: Config) -> None:
 
 
 def lock_output_dirs(
-    stack: ExitStack, cfg: Config, checkpointer: Any
-) -> tuple[Collection[str], bool]:
-    """Lock the run's folders against other runs; return them, and whether it goes on in them."""
-    both = (os.path.expanduser(cfg.output_dir), checkpointer.output_dir)
-    folders = dict.fromkeys(map(os.path.realpath, both))
-    for folder in folders:
-        stack.enter_context(output_dir_lock(folder))
-    anew = all(map(was_taken, folders))  # started so by torchrun
-    resume = cfg.resume_from_checkpoint or checkpointer.resume or anew
-    for folder in folders:
+    stack: ExitStack, named: Mapping[str, Any], locked: Collection[str] = ()
+) -> dict[str, str]:
+    """Lock folders against other runs; return those that were not `locked`, with their keys."""
+    folders: dict[str, str] = {}
+    for key, path in named.items():
+        folder = os.path.realpath(os.path.expanduser(path))
+        if folder not in (*locked, *folders):
+            stack.enter_context(output_dir_lock(folder, key))
+            folders[folder] = key
+    return folders
+
+
+def check_output_dirs(
+    cfg: Config, folders: Mapping[str, str], checkpointer: Any, resume: bool
+) -> None:
+    """Keep what another run left in these folders."""
+    for folder, key in folders.items():
         check_output_dir(
             folder,
+            key,
             resume=resume,
             overwrite=cfg.overwrite_output_dir,
             inputs=[checkpointer.source_dir],
         )
-    return folders, resume
 
 
 def make_loader(

@@ -254,7 +254,7 @@ def tokenize_row(row: Any, tokenizer: ModelTokenizer) -> list[int]:
             return tokenize_prompt(prompt, tokenizer)
         case {"user": str(user)}:
             return tokenize_prompt({"user": user, "system": row.get("system")}, tokenizer)
-    found = f" and this one has {', '.join(row) or 'nothing'}" if isinstance(row, dict) else ""
+    found = f"; this one has {', '.join(row) or 'nothing'}" if isinstance(row, dict) else ""
     raise DataError(
         f'a row is an object with "prompt", "messages", or "user" and perhaps "system"{found}'
     )

@@ -20,7 +20,7 @@ _STOPPED = 75
 
 def main() -> int:
     """Run the recipe and leave its exit code and message where the launcher finds them."""
-    from mytune.cli.report import open_streams, outcome
+    from mytune.cli.report import open_streams, outcome, say
     from mytune.cli.run import execute, load, parse
     from mytune.errors import RanksLost
 
@@ -30,6 +30,10 @@ def main() -> int:
     mine.parent.mkdir(exist_ok=True)
     mine.write_text(os.environ["RANK"])
     threading.Thread(target=_watch, args=(mine.parent, os.getppid()), daemon=True).start()
+
+    if os.environ["RANK"] == "0" and (count := int(mine.parent.name)):
+        before = first_failure(mine.parents[1] / str(count - 1))
+        say(f"{before.text or 'a rank was killed'}\nstarting anew (restart {count})")
 
     lost, stopped = False, [int(file.read_text()) for file in mine.parents[1].glob(f"*/{STOP}")]
 

@@ -138,9 +138,10 @@ class DiskLogger(MetricLogger):
 
     def _set_aside(self) -> None:
         """Keep the metrics, and the config, of a run that this one does not go on from."""
+        name = uuid4().hex
         for path in (self.path, self.path.with_name("config.yaml")):
             if path.exists():
-                aside = path.with_name(f"{path.stem}.kept-{uuid4().hex}{path.suffix}")
+                aside = path.with_name(f"{path.stem}.kept-{name}{path.suffix}")
                 path.rename(aside)
                 log.warning("%s was there before: it is now %s", path, aside.name)
 

@@ -29,10 +29,13 @@ _OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 @contextmanager
-def output_dir_lock(path: str | Path) -> Iterator[Path]:
+def output_dir_lock(path: str | Path, key: str = "output_dir") -> Iterator[Path]:
     """Own an output directory, made if need be, until the block ends; clean up after dead runs.
 
     The kernel's lock on a file says whether its owner lives; the file's content says who it is.
+
+    Args:
+        key: of the config, that names the directory.
 
     Raises:
         DirectoryInUseError: another run owns it.
@@ -46,7 +49,7 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
         return
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(lock)
+        descriptor = _acquire(lock, key)
     try:
         clean_up(directory)
         if restarts() == 0:
@@ -59,11 +62,11 @@ def output_dir_lock(path: str | Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _acquire(lock: Path) -> int:
+def _acquire(lock: Path, key: str) -> int:
     while True:
         descriptor = os.open(lock, _OPEN, 0o644)
         try:
-            _lock(descriptor, lock)
+            _lock(descriptor, lock, key)
             if _is_still(descriptor, lock):
                 _sign(descriptor)
                 return descriptor
@@ -73,7 +76,7 @@ def _acquire(lock: Path) -> int:
         os.close(descriptor)  # its owner removed it while we opened it
 
 
-def _lock(descriptor: int, lock: Path) -> None:
+def _lock(descriptor: int, lock: Path, key: str) -> None:
     me, owner = _identity(), _owner(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,8 +84,8 @@ def _lock(descriptor: int, lock: Path) -> None:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
         raise DirectoryInUseError(
-            f"output_dir: {lock.parent} belongs to a run that is going on ({_describe(owner)}); "
-            "wait for it or choose another output_dir"
+            f"{key}: {lock.parent} belongs to a run that is going on ({_describe(owner)}); "
+            "wait for it or choose another directory"
         ) from error
     owner = _owner(descriptor)
     if not owner:
@@ -90,7 +93,7 @@ def _lock(descriptor: int, lock: Path) -> None:
     # A lock need not reach over a network file system: only our own machine is known rid of it.
     if me["boot_id"] != owner.get("boot_id") and me["host"] != owner.get("host"):
         raise DirectoryInUseError(
-            f"output_dir: {lock.parent} belongs to a run on another machine ({_describe(owner)}); "
+            f"{key}: {lock.parent} belongs to a run on another machine ({_describe(owner)}); "
             f"if it has ended, delete {lock}"
         )
     log.warning("Taking over %s from a run that died (%s)", lock.parent, _describe(owner))
@@ -130,11 +133,17 @@ def _sign(descriptor: int) -> None:
 
 
 def check_output_dir(
-    path: str | Path, *, resume: bool, overwrite: bool, inputs: Sequence[str | Path] = ()
+    path: str | Path,
+    key: str = "output_dir",
+    *,
+    resume: bool,
+    overwrite: bool,
+    inputs: Sequence[str | Path] = (),
 ) -> None:
     """Keep a new run from mixing with the results of another; call it while holding the lock.
 
     Args:
+        key: of the config, that names the directory.
         resume: the run goes on with what is there.
         overwrite: `take` will remove what is there.
         inputs: directories this run reads; one that would be removed is refused.
@@ -146,8 +155,8 @@ def check_output_dir(
     directory = Path(path)
     if taken := [name for name in _FILES if (directory / name).is_dir()]:
         raise ResourceError(
-            f"output_dir: {directory / taken[0]} is a folder, and a file of this run would have "
-            "that name; choose another output_dir"
+            f"{key}: {directory / taken[0]} is a folder, and a file of this run would have "
+            "that name; choose another directory"
         )
     checkpoints, files = _results(directory)
     if rank() != 0 or resume or not (checkpoints or files):
@@ -157,8 +166,8 @@ def check_output_dir(
     if not overwrite or needed:
         what = ", ".join(found.name for found in [*checkpoints, *files][:5])
         raise DirectoryInUseError(
-            f"output_dir: {directory} holds the results of another run ({what}); choose another "
-            "output_dir, or set resume_from_checkpoint=True"
+            f"{key}: {directory} holds the results of another run ({what}); choose another "
+            "directory, or set resume_from_checkpoint=True"
             + (f" (this run reads {needed[0]})" if needed else " or overwrite_output_dir=True")
         )
 

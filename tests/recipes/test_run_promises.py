@@ -334,3 +334,13 @@ def test_the_same_folder_named_in_two_ways_is_one(run, config, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     folder = f"checkpointer.output_dir={tmp_path}/run"
     assert run(config, "output_dir=run", folder, "max_steps_per_epoch=1")
+
+
+def test_a_folder_of_metrics_belongs_to_one_run(run, config, tmp_path, capsys):
+    logs = {"_component_": "mytune.training.DiskLogger", "log_dir": str(tmp_path / "logs")}
+    run({**config, "metric_logger": logs})
+    before = (tmp_path / "logs" / "metrics.jsonl").read_bytes()
+    other = {**config, "metric_logger": logs, "output_dir": str(tmp_path / "other")}
+    run(other, code=7)
+    assert f"metric_logger.log_dir: {tmp_path}" in capsys.readouterr().err
+    assert (tmp_path / "logs" / "metrics.jsonl").read_bytes() == before

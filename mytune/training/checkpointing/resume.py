@@ -77,7 +77,10 @@ def latest(output_dir: Path, name: str | None = None) -> Published | None:
         came = [path for path in found if _origin(path) == name]
         found = came + [path for path in found if path.name == name]
     if name and not found:
-        raise CheckpointError(f"recipe_checkpoint: {output_dir} has no checkpoint {name}")
+        there = ", ".join(c.path.name for c in candidates(output_dir)) or "none"
+        raise CheckpointError(
+            f"recipe_checkpoint: {output_dir} has no checkpoint {name}; there: {there}"
+        )
     skipped = []
     for path in sorted(found, key=_is_readable):
         problems = verify(path) or _problems(path)
