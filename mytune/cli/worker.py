@@ -31,11 +31,10 @@ def main() -> int:
     mine.write_text(os.environ["RANK"])
     threading.Thread(target=_watch, args=(mine.parent, os.getppid()), daemon=True).start()
 
-    if os.environ["RANK"] == "0" and (count := int(mine.parent.name)):
+    lost, stopped = False, [int(file.read_text()) for file in mine.parents[1].glob(f"*/{STOP}")]
+    if os.environ["RANK"] == "0" and (count := int(mine.parent.name)) and not stopped:
         before = first_failure(mine.parents[1] / str(count - 1))
         say(f"{before.text or 'a rank was killed'}\nstarting anew (restart {count})")
-
-    lost, stopped = False, [int(file.read_text()) for file in mine.parents[1].glob(f"*/{STOP}")]
 
     def work() -> int:
         nonlocal lost

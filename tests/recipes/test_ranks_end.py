@@ -118,7 +118,7 @@ def test_ranks_that_torchrun_starts_anew_go_on_from_the_last_checkpoint(
     )
     _, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
-    assert "resuming from" in err and "a rank was killed\nstarting anew (restart 1)" in err
+    assert "resuming from" in err and "starting anew (restart 1)" in err
     lines = Path(config["output_dir"], "metrics.jsonl").read_text().splitlines()
     for a, b in zip(curve([json.loads(line) for line in lines]), curve(expected), strict=True):
         assert a == pytest.approx(b, rel=1e-6)
