@@ -150,7 +150,8 @@ def test_compiles_into_one_graph() -> None:
 def test_compiled_layers_keep_no_weight_for_the_backward_pass(backend: str) -> None:
     layers = nn.Sequential(filled(normal(96, 64)), nn.SiLU(), filled(normal(64, 96)))
     x = normal(2, 64).requires_grad_()
-    kept = torch.compile(layers, backend=backend)(x).grad_fn.saved_tensors
+    y = torch.compile(layers, backend=backend)(x)
+    kept = y.grad_fn.saved_tensors
     assert max(each.numel() for each in kept) == 96 * 64 // 2  # the codes
 
 
