@@ -343,6 +343,7 @@ def main(cfg: Config) -> None:
         # From here on the folders are this run's.
         for folder in folders:
             take(folder, resume=resume)
+        checkpointer.set_aside_newer()
         logger.resume_at(step)
         logger.log_config(config_yaml(cfg))
         model.train()

@@ -52,6 +52,8 @@ def output_dir_lock(path: str | Path, key: str = "output_dir") -> Iterator[Path]
         descriptor = _acquire(lock, key)
     try:
         clean_up(directory)
+        for draft in (path for name in _FILES for path in directory.glob(f".{name}.tmp-*")):
+            draft.unlink()
         if restarts() == 0:
             (directory / _TAKEN).unlink(missing_ok=True)
         barrier()

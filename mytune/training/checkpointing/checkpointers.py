@@ -200,6 +200,11 @@ class _Checkpointer:
             else None
         )
 
+    def set_aside_newer(self) -> None:
+        """Rename checkpoints that the run, which goes on from an older one, will replace."""
+        if self._branch:
+            set_aside(self.output_dir, self._branch)
+
     def plan(self, config: DecoderConfig, dtype: torch.dtype) -> Plan:
         """Return what `save` writes: `.nbytes`, and `.read`, the order it asks for weights in."""
         return plan_weights(self.source, config, dtype)
@@ -257,7 +262,6 @@ class _Checkpointer:
         }
         if self._branch:
             facts["recipe_checkpoint"] = self._branch.name
-            set_aside(self.output_dir, self._branch)
         if rank() == 0:
             check_disk_space(self.output_dir, held + (plan.nbytes if plan else 0))
         with ExitStack() as stack:

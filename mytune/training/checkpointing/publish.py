@@ -40,7 +40,6 @@ MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"(epoch|step)_\d+")
 _LEFTOVER = re.compile(r"((?:epoch|step)_\d+|quantized)\.(tmp|old|del)-[0-9a-f]{32}")
-_LEFTOVER_FILE = re.compile(r"\..+\.tmp-\d+")  # of `write_atomic`
 
 
 class Draft:
@@ -262,8 +261,5 @@ def clean_up(output_dir: Path) -> None:
         else:
             log.info("Removing %s, left by a run that was stopped", path)
             shutil.rmtree(path)
-    for path in output_dir.glob(".*.tmp-*"):
-        if _LEFTOVER_FILE.fullmatch(path.name) and not path.is_dir():
-            path.unlink()
     if leftovers:
         fsync_directory(output_dir)
