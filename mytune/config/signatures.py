@@ -56,7 +56,7 @@ def annotation(parameter: Parameter) -> str:
     note = parameter.annotation
     text = note if isinstance(note, str) else inspect.formatannotation(note)
     text = re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", text)  # of what module a name is
-    text = text.replace("Sequence[", "list[").replace("Mapping[", "dict[")
+    text = re.sub(r"\b(Sequence|tuple)\[", "list[", text).replace("Mapping[", "dict[")
     text = re.sub(r" \| (Path|Tensor)\b", "", text)
     return re.sub(r"Callable\[.*\](?= \||$)", f"a component ({KEY}: ...)", text)
 
@@ -80,9 +80,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, each) for each in options)
     if origin is typing.Literal:
         return value in options
-    if origin is tuple:
-        return isinstance(value, list) and all(map(_fits, value, options))
-    if origin in (list, abc.Sequence):
+    if origin is tuple and ... not in options:
+        same = isinstance(value, list) and len(value) == len(options)
+        return same and all(map(_fits, value, options))
+    if origin in (list, tuple, abc.Sequence):
         inner = options[0] if options else Any
         return isinstance(value, list) and all(_fits(each, inner) for each in value)
     if origin in (dict, abc.Mapping):

@@ -52,7 +52,8 @@ def test_a_right_config_has_no_problems(recipe: None, load: Load) -> None:
             "'x' is not a number",
         ),
         ("optimizer.lr=fast", "optimizer.lr", "'fast' is not a number"),
-        ("optimizer.betas=[0.9,x]", "optimizer.betas", "[0.9, 'x'] is not tuple[float, float]"),
+        ("optimizer.betas=[0.9,x]", "optimizer.betas", "[0.9, 'x'] is not list[float, float]"),
+        ("optimizer.betas=[0.9]", "optimizer.betas", "[0.9] is not list[float, float]"),
         (
             "optimizer={_component_: torchao.optim.AdamW8bit, lr: fast}",
             "optimizer.lr",
