@@ -12,6 +12,7 @@ Copy it with `tune cp lora_finetune_single_device my_recipe.py` and change what 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,7 +31,15 @@ from mytune.config import (
     config_yaml,
     instantiate,
 )
-from mytune.datasets import Batch, BatchLoader, ConcatDataset, Dataset, count_targets
+from mytune.datasets import (
+    Batch,
+    BatchLoader,
+    ConcatDataset,
+    Dataset,
+    RowFormat,
+    count_targets,
+    find_row_format,
+)
 from mytune.errors import (
     ConfigError,
     MissingTokenizer,
@@ -109,6 +118,7 @@ from mytune.training import (
     sync_gradients,
     take,
     use_fast_float32_matmul,
+    warn_of_untrained_tokens,
     was_taken,
     world_size,
     write_report,
@@ -302,6 +312,7 @@ def main(cfg: Config) -> None:
         check_same_run(resumed, run)
         total_steps = cfg.epochs * loader.steps_per_epoch
 
+        row_format = find_row_format(loader.dataset, tokenizer)
         model = build_model(cfg, checkpointer, tokenizer, dtype)
         longest = int(loader.dataset.lengths.max())
         if longest > model.config.max_seq_len:
@@ -327,6 +338,7 @@ def main(cfg: Config) -> None:
         if tasks:
             check_tasks(tasks, model.config.max_seq_len, settings.shard_ranks)
         load_model(cfg, model, checkpointer, resumed, device, settings, seed)
+        warn_of_untrained_tokens(model, row_format.special_tokens)
         optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         offload = (cfg.enable_activation_offloading, cfg.activation_offloading_use_streams)
         loss_of = offload_activations(model, *offload)(loss_fn)  # a context around each call
@@ -367,7 +379,7 @@ def main(cfg: Config) -> None:
             epoch_ends, run_ends = step % loader.steps_per_epoch == 0, step == total_steps
             known = from_rank_0(logger.logged(step))
             complete = measure_due(measurements, step, epoch_ends, run_ends, logger, stop, known)
-        publish = partial(save, cfg, checkpointer, model, optimizer, dtype, run)
+        publish = partial(save, cfg, checkpointer, model, optimizer, dtype, row_format, run)
         steps = remaining_steps(loader, step, cfg.epochs) if complete else ()
         lap = time.perf_counter()
         for epoch, micro_batches in steps:
@@ -398,13 +410,14 @@ def main(cfg: Config) -> None:
             spent = time.perf_counter() - lap
             seconds += spent
             speed = tokens / spent / world_size()
-            metrics = {"loss": loss_value, "lr": lr, "grad_norm": grad_norm}
+            measured_loss = loss_value if tokens else math.nan
+            metrics = {"loss": measured_loss, "lr": lr, "grad_norm": grad_norm}
             metrics["tokens_per_second_per_gpu"] = speed
             if cfg.log_peak_memory_stats:
                 metrics |= memory_stats(device)
             if is_due(step, cfg.log_every_n_steps):
                 logger.log_dict(metrics, step)
-            progress.update(step, loss_value, speed)
+            progress.update(step, measured_loss, speed)
             profiler.step()
 
             epoch_ends, run_ends = step % loader.steps_per_epoch == 0, step == total_steps
@@ -759,7 +772,8 @@ def validate(
     model.train()
     if stopping:
         return None
-    return {"val_loss": all_sum(loss.item()) / max(all_sum(tokens), 1)}
+    tokens = int(all_sum(tokens))
+    return {"val_loss": all_sum(loss.item()) / tokens if tokens else math.nan}
 
 
 def measure_due(
@@ -794,6 +808,7 @@ def save(
     model: Decoder,
     optimizer: torch.optim.Optimizer,
     dtype: torch.dtype,
+    row_format: RowFormat,
     run: dict[str, Any],
     name: str,
     step: int,
@@ -821,6 +836,8 @@ def save(
             "totals": totals,
         },
         run={**run, "samples_seen": step * run["rows_per_step"]},
+        stop_tokens=row_format.stop_tokens,
+        chat_template=row_format.chat_template,
         background=to_resume,
     )
 

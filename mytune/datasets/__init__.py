@@ -12,6 +12,7 @@ __all__, __getattr__ = lazy_names(
             "QuestionAnswerTemplate SummarizeTemplate"
         ),
         "packing": "ConcatDataset PackedDataset",
+        "row_format": "RowFormat find_row_format",
         "tokens": "Dataset Sample Stats TokenDataset",
         ".tokenizers.messages": "Message validate_messages",
         "builders": (

@@ -31,7 +31,9 @@ _SHAREGPT_ROLES: dict[str, Role] = {
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "function_call": "assistant",
     "tool": "ipython",
+    "observation": "ipython",
 }
 _OPENAI_ROLES: dict[str, Role] = {
     "system": "system",
@@ -39,8 +41,10 @@ _OPENAI_ROLES: dict[str, Role] = {
     "user": "user",
     "assistant": "assistant",
     "tool": "ipython",
+    "function": "ipython",
     "ipython": "ipython",
 }
+_CALLS = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ class InputOutputToMessages:
 class _ConversationToMessages:
     """A column with a list of turns, each an object with a role and a text.
 
+    A turn that says `"weight": 0` or `"train": false` is not trained.
+
     Args:
         train_on_input: train what is not the assistant's too.
         column_map: another name for the column.
@@ -139,9 +145,16 @@ class _ConversationToMessages:
         name = str(turn[self.role_key])
         if name not in self.roles:
             raise DataError(f"role {name!r} is not one of {', '.join(self.roles)}")
+        if calls := [key for key in _CALLS if turn.get(key)]:
+            raise DataError(
+                f"a message has {calls[0]!r}, which no chat format here writes: put the call, as "
+                f"the model is to write it, into {self.text_key!r}, and leave {calls[0]!r} out"
+            )
         role = self.roles[name]
         content = _joined(turn.get(self.text_key))
-        return Message(role, content, masked=role != "assistant" and not self.train_on_input)
+        left_out = turn.get("weight") == 0 or turn.get("train") is False
+        asked = role != "assistant" and not self.train_on_input
+        return Message(role, content, masked=asked or left_out)
 
 
 class ShareGPTToMessages(_ConversationToMessages):

@@ -146,8 +146,15 @@ def _expand(path: Path, split: str) -> list[Path]:
     # Of a folder that is named, its own path says nothing; of a file or a glob, the file's name.
     told = [each.relative_to(path) if path.is_dir() else Path(each.name) for each in files]
     named = [file for file, name in zip(files, told, strict=True) if _names_split(name, split)]
-    if split == "train" and (not named or not path.is_dir()):
+    if split == "train" and not path.is_dir():
         return files  # what is asked for by name is taken whatever its name
+    if split == "train" and not named:
+        others = [each for each in _SPLIT_WORDS if each != split]
+        named = [
+            file
+            for file, name in zip(files, told, strict=True)
+            if not any(_names_split(name, other) for other in others)
+        ]
     if not named:
         raise ConfigError(
             f"split is {split!r}, but no file of {path} is named so; name another file, or "

@@ -87,7 +87,8 @@ class _LoRA(nn.Module):
             return y
         # The norm is a constant to the gradient, as in DoRA's paper (section 4.3).
         norm = (base_weight(self).float() + self.delta()).detach().norm(dim=1)
-        return y * (self.lora_magnitude_vector / norm).to(y.dtype)
+        # Near 1, where bfloat16 has steps of 0.4 to 0.8 %.
+        return (y * (self.lora_magnitude_vector / norm)).to(y.dtype)
 
     def _dropout(self, x: Derived) -> Derived:
         return dropped(x, self.lora.dropout) if self.training and self.lora.dropout else x
@@ -113,10 +114,13 @@ def base_weight(module: nn.Module) -> Tensor:
     return weight.dequantize() if is_quantized(weight) else weight
 
 
-def apply_lora(model: nn.Module, lora: LoRAConfig) -> None:
+def apply_lora(model: nn.Module, lora: LoRAConfig, only: Collection[str] | None = None) -> None:
     """Give every linear whose last name is in `lora.modules` adapters, and freeze all else.
 
     The linears are changed in place: names of weights, hooks and devices stay.
+
+    Args:
+        only: the full names of those to change, where not all of these last names are.
 
     Raises:
         ConfigError: a name that no linear of the model has, an impossible rank or dropout.
@@ -130,7 +134,7 @@ def apply_lora(model: nn.Module, lora: LoRAConfig) -> None:
     _check_names(lora.modules, leaves)
     model.requires_grad_(False)
     for name, linear in linears.items():
-        if name.rpartition(".")[2] in lora.modules:
+        if name.rpartition(".")[2] in lora.modules and (only is None or name in only):
             linear.__class__ = _ADAPTED[type(linear)]
             linear.add_adapter(lora)
 

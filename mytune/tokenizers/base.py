@@ -60,6 +60,8 @@ class ModelTokenizer(Protocol):
     vocab_size: int
     max_seq_len: int | None
     special_tokens: dict[str, int]
+    # Jinja that gives the same ids of a conversation as `tokenize_messages`; None if there is none.
+    chat_template: str | None
     # Equal for two tokenizers only if they give equal ids; None where nobody can know.
     fingerprint: str | None
 

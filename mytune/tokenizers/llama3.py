@@ -49,6 +49,15 @@ SPECIAL_TOKENS = (
     *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
 )
 
+# The chat format, see `ChatFormat` of https://github.com/meta-llama/llama3.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
 # tiktoken overflows its stack on longer inputs; where Meta cuts them is part of the ids.
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
@@ -101,6 +110,7 @@ class Llama3Tokenizer:
         self._tokens = vocabulary.tokens | special_bytes
         self.vocab_size = max(self._tokens) + 1
         self._template = resolve_template(prompt_template)
+        self.chat_template = None if self._template else CHAT_TEMPLATE
         self._headers = {role: self._header(role) for role in ROLES}
         self.fingerprint = _fingerprint(
             vocabulary.digest, self.special_tokens, self._template, max_seq_len

@@ -31,7 +31,8 @@ __all__, __getattr__ = lazy_names(
         ),
         "planning.simulate": "StepSettings",
         "planning.page": "RunFacts describe_plan measured_speed",
-        "prepare": "compile_blocks count_parameters load_adapters load_weights",
+        "prepare": "compile_blocks count_parameters load_adapters load_weights "
+        "warn_of_untrained_tokens",
         "profiler": "setup_torch_profiler",
         "progress": "ProgressBar log setup_logging",
         "report": "write_report",

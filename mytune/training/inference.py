@@ -58,7 +58,8 @@ def load_for_inference(
             "checkpointer.adapter_checkpoint, or use the builder without lora_ or qlora_"
         )
     if adapter is not None and not adapter_state(model):
-        apply_lora(model, lora_config_from_peft(adapter[1]))
+        adapted = {name.partition(".lora_")[0] for name in adapter[0]}  # maybe not of all blocks
+        apply_lora(model, lora_config_from_peft(adapter[1]), adapted)
     has_nf4 = any(isinstance(m, NF4Linear) for m in model.modules())
     stored = checkpointer.quantized_weights(model.config, device)
     if stored is not None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mytune._sharded import fill, local, own_rows, sharded_as
+from mytune._sharded import fill, local, own_rows, sharded_as, whole
 from mytune.errors import CheckpointError
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import adapter_config, adapter_state, init_adapters, is_adapter
 from mytune.quantization.nf4 import NF4Linear
 from mytune.training.checkpointing.files import read_rows
 from mytune.training.checkpointing.peft import Adapter, check_adapter
+
+log = logging.getLogger("mytune")
 
 
 def compile_blocks(model: Decoder, enabled: bool = True) -> None:
@@ -92,6 +96,29 @@ def _check_scaling(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 def _like(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
     """Return this rank's rows as a Parameter that trains and is sharded as `parameter` is."""
     return nn.Parameter(sharded_as(parameter, rows), requires_grad=parameter.requires_grad)
+
+
+@torch.no_grad()
+def warn_of_untrained_tokens(model: Decoder, special_tokens: Mapping[str, int]) -> None:
+    """Warn of special tokens that the base model never learned, and now cannot learn either.
+
+    A base model's embeddings of the tokens of chats may be near zero; with adapters they stay so.
+
+    Args:
+        special_tokens: ids in the rows to train on, by name.
+    """
+    embedding = model.embed_tokens.weight
+    if embedding.requires_grad or not special_tokens:
+        return
+    embedding = whole(embedding)
+    norm = partial(torch.linalg.vector_norm, dim=1, dtype=torch.float32)
+    near_zero = norm(embedding[[*special_tokens.values()]]) < 0.01 * norm(embedding[::50]).median()
+    if names := [name for name, bad in zip(special_tokens, near_zero.tolist(), strict=True) if bad]:
+        log.warning(
+            "the base model never learned %s (embeddings near zero), and adapters do not train "
+            "embeddings: answers may not end; take the instruct model, or train all weights",
+            ", ".join(names),
+        )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

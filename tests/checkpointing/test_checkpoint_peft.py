@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mytune.errors import CheckpointError
+from mytune.modules.decoder import Decoder
 from mytune.modules.lora import (
     LoRAConfig,
     MergedWeights,
@@ -24,6 +25,7 @@ from mytune.training.checkpointing.checkpointers import (
     FullModelMetaCheckpointer,
 )
 from mytune.training.checkpointing.peft import check_adapter, read_adapter
+from mytune.training.inference import load_for_inference
 from tests.checkpointing import tiny
 
 MODULES = ("q_proj", "k_proj", "o_proj", "down_proj", "lm_head")
@@ -128,6 +130,37 @@ def test_an_adapter_that_peft_saved_is_read(tmp_path: Path) -> None:
     own = peft.state_dict()
     name = "model.layers.1.self_attn.k_proj.lora_A.default.weight"
     assert torch.equal(state["layers.1.attn.k_proj.lora_A.weight"], own[f"base_model.model.{name}"])
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+        {"target_modules": r".*layers\.[12].*(v_proj|down_proj)"},
+    ],
+)
+@pytest.mark.parametrize("merge", [True, False])
+def test_pefts_adapters_of_some_linears_give_its_logits(
+    where: dict[str, Any], merge: bool, hf_dir: Path, tmp_path: Path, tokens: Tensor
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    peft = get_peft_model(tiny.hf_model(tiny.SIZES), LoraConfig(r=4, **where)).eval()
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        theirs = peft(tokens).logits
+    peft.save_pretrained(tmp_path / "adapter")
+    named = FullModelHFCheckpointer(str(hf_dir), adapter_checkpoint=str(tmp_path / "adapter"))
+    with torch.device("meta"):
+        model = Decoder(tiny.SIZES)
+    model = load_for_inference(model, named, torch.device("cpu"), torch.float32, merge)
+    with torch.no_grad():
+        assert (theirs - tiny.hf_model(tiny.SIZES)(tokens).logits).abs().max() > 0.01
+        torch.testing.assert_close(model(tokens), theirs, atol=1e-5, rtol=0)
 
 
 def test_the_adapter_names_its_base_model(hf_dir: Path, tmp_path: Path) -> None:

@@ -88,6 +88,33 @@ def test_openai_content_may_be_text_parts_and_tools_may_answer():
     ]
 
 
+@pytest.mark.parametrize("said", [{"weight": 0}, {"train": False}])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_turn_that_is_not_to_be_trained_is_not(said, trained):
+    turns = [*OPENAI[1:], OPENAI[1], {**OPENAI[2], **said}, {**OPENAI[2], "weight": 1}]
+    masked = [message.masked for message in OpenAIToMessages(trained)({"messages": turns})]
+    assert masked == [not trained, False, not trained, True, False]
+
+
+def test_sharegpts_roles_of_tools_are_known():
+    turns = [("human", "U"), ("function_call", "{}"), ("observation", "4"), ("gpt", "A")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    assert [(m.role, m.content, m.masked) for m in ShareGPTToMessages()(row)] == [
+        ("user", "U", True),
+        ("assistant", "{}", False),
+        ("ipython", "4", True),
+        ("assistant", "A", False),
+    ]
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+
+
+def test_tool_calls_that_are_null_are_none():
+    message = OpenAIToMessages()(openai(**{**CALL, "content": "x", "tool_calls": None}))[0]
+    assert message == Message("assistant", "x")
+
+
 def openai(**turn):
     return {"messages": [turn]}
 
@@ -103,6 +130,7 @@ def openai(**turn):
         (OpenAIToMessages(), openai(role="usr", content="x"), ["'usr' is not one of", "user"]),
         (OpenAIToMessages(), openai(role="user", content=None), ["None", "not text"]),
         (OpenAIToMessages(), openai(role="user", content=[{"type": "image"}]), ["image"]),
+        (OpenAIToMessages(), openai(**CALL), ["'tool_calls'", "into 'content'"]),
         (ShareGPTToMessages(), {"conversations": ["hi"]}, ["'hi'", "'from' and 'value'"]),
     ],
 )

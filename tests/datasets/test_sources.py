@@ -111,7 +111,7 @@ def names(*args, **kwargs):
 
 
 def test_files_folders_globs_and_lists_are_sources(folder):
-    assert names(str(folder)) == ["b.jsonl", "sub/a.jsonl", "test.jsonl"]
+    assert names(str(folder)) == ["b.jsonl", "sub/a.jsonl"]
     assert names(str(folder / "*.jsonl")) == ["b.jsonl", "test.jsonl"]
     assert names(str(folder.parent / "*" / "b.jsonl")) == ["b.jsonl"]
     assert names(str(folder / "**" / "*.jsonl")) == ["b.jsonl", "sub/a.jsonl", "test.jsonl"]
@@ -135,6 +135,17 @@ def test_a_split_of_a_folder_is_the_files_that_are_named_so(folder):
     assert names(str(folder), split="train") == ["train"]
     with pytest.raises(ConfigError, match="split is 'validation'"):
         values(str(folder), split="validation")
+
+
+def test_what_is_named_for_another_split_is_not_trained(tmp_path):
+    for name in ("part1", "part2", "dev", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    assert names(str(tmp_path), split="train") == ["part1", "part2"]
+    assert names(str(tmp_path), split="validation") == ["dev"]
+    for name in ("part1", "part2"):
+        (tmp_path / f"{name}.jsonl").unlink()
+    with pytest.raises(ConfigError, match="split is 'train'"):
+        values(str(tmp_path), split="train")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,18 @@ def test_merged_weights_are_base_and_adapter(options):
         assert ".lora_" in name or torch.equal(parameter, before[name])
 
 
+def test_small_changes_of_doras_magnitudes_are_not_rounded_away_in_bfloat16():
+    model, _ = build(use_dora=True)
+    layer = model.layers[0].attn.q_proj.bfloat16()
+    layer.lora_magnitude_vector.data = layer.lora_magnitude_vector.float()
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        before = layer(x).float()
+        layer.lora_magnitude_vector.mul_(1.0015)
+        scale = (layer(x).float() * before).sum() / (before * before).sum()
+    assert scale.item() == pytest.approx(1.0015, abs=2e-4)
+
+
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
 def test_forward_and_gradients_equal_peft(options):
     model, theirs = build(**options)

@@ -208,8 +208,10 @@ def test_what_is_wrong_is_said_before_weights_are_read(quantize, tmp_path, word)
 
 
 def test_ctrl_c_and_a_kill_leave_nothing_half_done(quantize, tmp_path):
-    command = ["run", "quantize", "--config", "tiny/quantization", f"output_dir={tmp_path}/q"]
-    command = [sys.executable, "-m", "mytune", *command, "decode_tokens=490"]
+    (tmp_path / "long.txt").write_text("Once upon a time there was a fox. " * 50_000)
+    words = (f"output_dir={tmp_path}/q", f"perplexity_file={tmp_path}/long.txt")
+    command = ["run", "quantize", "--config", "tiny/quantization", *words]
+    command = [sys.executable, "-m", "mytune", *command]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if line.startswith("Reading"):

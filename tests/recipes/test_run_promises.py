@@ -226,7 +226,7 @@ def test_r7_a_signal_ends_the_step_saves_and_can_be_resumed(run, config, tmp_pat
     config |= {"epochs": 40}
     process = start(config, tmp_path)
     process.send_signal(number)
-    assert process.wait(timeout=10) == 75
+    assert process.wait(timeout=60) == 75
     message = process.stderr.read()
     assert "resume_from_checkpoint=True" in message and "Traceback" not in message
     done = json.loads(Path(config["output_dir"], "metrics.jsonl").read_text().splitlines()[-1])

@@ -9,9 +9,23 @@ from torch._dynamo.utils import counters
 
 from mytune.models.llama3 import llama3
 from mytune.modules.decoder import Block
-from mytune.training import checkpoint_activations, compile_blocks
+from mytune.training import checkpoint_activations, compile_blocks, warn_of_untrained_tokens
 
 SIZES = dict(vocab_size=50, num_layers=3, num_heads=2, num_kv_heads=1, embed_dim=32, max_seq_len=16)
+
+
+def test_chat_tokens_that_the_base_never_learned_are_told(caplog):
+    model = llama3(**SIZES)
+    with torch.no_grad():
+        model.embed_tokens.weight[[7, 9]] *= 1e-5
+    special = {"<|start|>": 7, "<|end|>": 8, "<|eot|>": 9}
+    warn_of_untrained_tokens(model, special)
+    assert not caplog.records  # it trains
+    model.requires_grad_(False)
+    warn_of_untrained_tokens(model, {"<|end|>": 8})
+    assert not caplog.records
+    warn_of_untrained_tokens(model, special)
+    assert "never learned <|start|>, <|eot|> (" in caplog.text
 
 
 @pytest.mark.parametrize("keep_products", [False, True])

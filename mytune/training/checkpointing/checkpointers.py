@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -223,6 +223,8 @@ class _Checkpointer:
         trained: Mapping[str, Tensor] | None = None,
         state: Mapping[str, Any] | None = None,
         run: Mapping[str, Any] | None = None,
+        stop_tokens: Sequence[int] = (),
+        chat_template: str | None = None,
         background: bool = False,
     ) -> Path:
         """Publish `output_dir / name` atomically, read it back, then drop what is too old.
@@ -239,6 +241,8 @@ class _Checkpointer:
             tensors, state: what the recipe needs to go on.
             trained: the model's own parameters, for resuming where `weights` are not saved.
             run: what else the manifest says: samples_seen, world_size, config_hash, fingerprints.
+            stop_tokens, chat_template: what the model has learned to end answers with, and its
+                format of conversations, for other programs.
             background: return when `tensors`, `trained` and the adapter are copied; what goes
                 wrong later is raised by the next `save` or by `finish`.
 
@@ -267,7 +271,7 @@ class _Checkpointer:
         with ExitStack() as stack:
             draft = stack.enter_context(publication_of_ranks(self.output_dir, name, facts))
             if plan and weights is not None:
-                self._add_model(draft, plan, weights)
+                self._add_model(draft, plan, weights, stop_tokens, chat_template)
             if adapter and adapter_config:
                 self._add_adapter(draft, adapter, adapter_config)
             stems = {OPTIMIZER: tensors, MODEL: trained}
@@ -297,13 +301,20 @@ class _Checkpointer:
         if pending:
             pending.result()
 
-    def _add_model(self, draft: Draft, plan: Plan, weights: Mapping[str, Tensor]) -> None:
+    def _add_model(
+        self,
+        draft: Draft,
+        plan: Plan,
+        weights: Mapping[str, Tensor],
+        stop_tokens: Sequence[int],
+        chat_template: str | None,
+    ) -> None:
         if rank() != 0:
             for name in plan.read:  # gathering takes all ranks
                 weights[name]
             return
         write_weights(draft, plan, weights)
-        for name, content in companions(self.source_dir, plan.dtype):
+        for name, content in companions(self.source_dir, plan.dtype, stop_tokens, chat_template):
             draft.add_bytes(name, content)
 
     def _add_adapter(

@@ -15,6 +15,7 @@ from mytune.training.checkpointing.publish import MANIFEST, Draft
 from mytune.training.checkpointing.source import ADAPTER, open_tensors
 
 WEIGHTS = "adapter_model.safetensors"
+_FROZEN = "base_model.model.lm_head.base_layer.weight"  # PEFT saves it where the head is adapted
 # Settings that change what an adapter computes, and their only values that mytune can do.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -82,7 +83,7 @@ def read_adapter(path: Path) -> Adapter:
         if key in config and config[key] not in fine
     ]
     file = open_tensors(inside(folder, found[0] if path.is_dir() else path.name))
-    names = {theirs: PEFT.ours(theirs) for theirs in file}
+    names = {theirs: PEFT.ours(theirs) for theirs in file if theirs != _FROZEN}
     odd += [
         f"unexpected {theirs}: found {file.specs[theirs]}" for theirs, o in names.items() if not o
     ]

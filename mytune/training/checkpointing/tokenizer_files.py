@@ -16,17 +16,8 @@ from tokenizers.models import BPE
 
 from mytune.errors import CheckpointError
 from mytune.tokenizers.files import TIKTOKEN, byte_alphabet, read_vocabulary
-from mytune.tokenizers.llama3 import PATTERN, SPECIAL_TOKENS
+from mytune.tokenizers.llama3 import CHAT_TEMPLATE, PATTERN, SPECIAL_TOKENS
 from mytune.training.checkpointing.files import read_json, to_json
-
-# Llama 3's chat format, see `ChatFormat` of https://github.com/meta-llama/llama3.
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
 
 
 def tokenizer_files(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -58,7 +49,7 @@ def _tokenizer_config(said: Mapping[str, Any], base: int) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": said.get("max_position_embeddings", 8192),
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": CHAT_TEMPLATE,
     }
 
 

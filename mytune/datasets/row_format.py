@@ -1,0 +1,41 @@
+"""What rows tell of their format: which special tokens are in them, and how turns end."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mytune.datasets.tokens import Dataset
+from mytune.tokenizers import ModelTokenizer
+
+_LOOKED_AT = 100  # samples
+
+
+class RowFormat(NamedTuple):
+    """How rows are written.
+
+    Args:
+        special_tokens: those in the rows, by name.
+        stop_tokens: those of the tokenizer's that are trained, so that the model writes them.
+        chat_template: of conversations, in Jinja; None for other rows, or where there is none.
+    """
+
+    special_tokens: dict[str, int]
+    stop_tokens: list[int]
+    chat_template: str | None
+
+
+def find_row_format(dataset: Dataset, tokenizer: ModelTokenizer) -> RowFormat:
+    """Look at some samples from all of a dataset."""
+    seen: set[int] = set()
+    trained: set[int] = set()
+    for index in range(0, len(dataset), -(-len(dataset) // _LOOKED_AT)):
+        sample = dataset[index]
+        seen.update(sample["tokens"].tolist())
+        trained.update(sample["labels"].tolist())
+    stops = [token for token in tokenizer.stop_tokens if token in trained]
+    talks = bool(set(stops) - {tokenizer.eos_id})
+    return RowFormat(
+        {name: i for name, i in tokenizer.special_tokens.items() if i in seen},
+        stops,
+        tokenizer.chat_template if talks else None,
+    )
