@@ -21,8 +21,11 @@ def get_cosine_schedule_with_warmup(
     num_training_steps: int,
     num_cycles: float = 0.5,
     last_epoch: int = -1,
+    min_lr_ratio: float = 0.0,
 ) -> LambdaLR:
     """Rise linearly from 0 to the optimizer's lr, then follow a cosine; half a cycle ends at 0.
+
+    `min_lr_ratio` times the lr is the lowest after the rise, in place of 0.
 
     Step 0 has lr 0 and the peak is at step `num_warmup_steps`. To resume after n steps give the
     optimizer with its full lr and `last_epoch=n - 1`.
@@ -33,15 +36,28 @@ def get_cosine_schedule_with_warmup(
     def after_warmup(progress: float) -> float:
         return 0.5 * (1 + math.cos(2 * math.pi * num_cycles * progress))
 
-    return _schedule(optimizer, num_warmup_steps, num_training_steps, after_warmup, last_epoch)
+    return _schedule(
+        optimizer, num_warmup_steps, num_training_steps, after_warmup, last_epoch, min_lr_ratio
+    )
 
 
 def get_linear_schedule_with_warmup(
-    optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
+    optimizer: Optimizer,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    last_epoch: int = -1,
+    min_lr_ratio: float = 0.0,
 ) -> LambdaLR:
-    """Rise linearly from 0 to the optimizer's lr, then fall linearly to 0 after the last step."""
+    """Rise linearly from 0 to the optimizer's lr, then fall linearly to 0 after the last step.
+
+    Or to `min_lr_ratio` times the lr.
+    """
+
+    def after_warmup(progress: float) -> float:
+        return 1 - progress
+
     return _schedule(
-        optimizer, num_warmup_steps, num_training_steps, lambda progress: 1 - progress, last_epoch
+        optimizer, num_warmup_steps, num_training_steps, after_warmup, last_epoch, min_lr_ratio
     )
 
 
@@ -60,8 +76,11 @@ def _schedule(
     total: int,
     after_warmup: Callable[[float], float],
     last_epoch: int,
+    min_lr_ratio: float = 0.0,
 ) -> LambdaLR:
     """Return a ramp and then `after_warmup(progress)`, progress going from 0 to 1."""
+    if not 0 <= min_lr_ratio <= 1:
+        raise ConfigError(f"lr_scheduler: min_lr_ratio is {min_lr_ratio}; it must be from 0 to 1")
     for name, value, least in (
         ("num_warmup_steps", warmup, 0),
         ("num_training_steps", total, 1),
@@ -79,7 +98,8 @@ def _schedule(
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        return after_warmup(min(1.0, (step - warmup) / max(1, total - warmup)))
+        share = after_warmup(min(1.0, (step - warmup) / max(1, total - warmup)))
+        return min_lr_ratio + (1 - min_lr_ratio) * share
 
     for group in optimizer.param_groups:  # torch asks for it where last_epoch is given
         lr = group["lr"]  # where it is a tensor, it is changed in place

@@ -68,6 +68,16 @@ def test_each_group_keeps_its_own_peak():
     assert [group["lr"] for group in sgd.param_groups] == [0.5e-3, 0.5e-4]
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_the_lowest_rate_can_be_above_zero(name):
+    build, after_warmup = SCHEDULES[name]
+    for step in (0, WARMUP, 25, TOTAL, TOTAL + 5):
+        sgd = optimizer()
+        build(sgd, WARMUP, TOTAL, last_epoch=step - 1, min_lr_ratio=0.1)
+        expected = 0.1 * PEAK + 0.9 * after_warmup(min(step, TOTAL)) if step >= WARMUP else 0
+        assert get_lr(sgd) == pytest.approx(expected, rel=1e-12)
+
+
 def test_after_the_last_step_the_rate_stays_at_zero():
     sgd = optimizer()
     get_cosine_schedule_with_warmup(sgd, WARMUP, TOTAL, last_epoch=TOTAL + 9)
@@ -88,6 +98,7 @@ def test_a_warmup_longer_than_the_run_warns_and_runs(caplog, monkeypatch):
         ({"num_warmup_steps": -1}, "num_warmup_steps is -1"),
         ({"num_training_steps": 0}, "num_training_steps is 0"),
         ({"num_cycles": 0}, "num_cycles is 0"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio is 1.5"),
         ({"last_epoch": -2}, "last_epoch is -2"),
     ],
 )

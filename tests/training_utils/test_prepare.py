@@ -14,7 +14,8 @@ from mytune.training import checkpoint_activations, compile_blocks, warn_of_untr
 SIZES = dict(vocab_size=50, num_layers=3, num_heads=2, num_kv_heads=1, embed_dim=32, max_seq_len=16)
 
 
-def test_chat_tokens_that_the_base_never_learned_are_told(caplog):
+def test_chat_tokens_that_the_base_never_learned_are_told(caplog, monkeypatch):
+    monkeypatch.setattr("mytune.training.prepare.log.propagate", True)
     model = llama3(**SIZES)
     with torch.no_grad():
         model.embed_tokens.weight[[7, 9]] *= 1e-5
