@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from mytune.models.builders import builders
 from mytune.modules.decoder import DecoderConfig, RopeScaling
-from mytune.tokenizers.llama3 import Llama3Tokenizer, llama3_tokenizer
+from mytune.tokenizers.llama3 import Llama3Tokenizer as Llama3Tokenizer
+from mytune.tokenizers.llama3 import llama3_tokenizer as llama3_tokenizer
 
 LLAMA3_8B = DecoderConfig(
     vocab_size=128_256,
@@ -64,19 +65,3 @@ def llama3_sizes(
 llama3, lora_llama3, qlora_llama3 = builders("llama3", llama3_sizes)
 llama3_8b, lora_llama3_8b, qlora_llama3_8b = builders("llama3_8b", LLAMA3_8B)
 llama3_70b, lora_llama3_70b, qlora_llama3_70b = builders("llama3_70b", LLAMA3_70B)
-
-__all__ = [
-    "LLAMA3_8B",
-    "LLAMA3_70B",
-    "Llama3Tokenizer",
-    "llama3",
-    "llama3_8b",
-    "llama3_70b",
-    "llama3_tokenizer",
-    "lora_llama3",
-    "lora_llama3_8b",
-    "lora_llama3_70b",
-    "qlora_llama3",
-    "qlora_llama3_8b",
-    "qlora_llama3_70b",
-]

@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 from mytune.models.builders import builders
-from mytune.models.llama3 import LLAMA3_8B, LLAMA3_70B, llama3_sizes, llama3_tokenizer
+from mytune.models.llama3 import LLAMA3_8B, LLAMA3_70B, llama3_sizes
+from mytune.models.llama3 import llama3_tokenizer as llama3_tokenizer
 from mytune.modules.decoder import RopeScaling
 
 LLAMA3_1_8B = replace(LLAMA3_8B, max_seq_len=131_072, rope_scaling=RopeScaling(factor=8.0))
@@ -20,22 +21,3 @@ llama3_1, lora_llama3_1, qlora_llama3_1 = builders("llama3_1", llama3_1_sizes)
 llama3_1_8b, lora_llama3_1_8b, qlora_llama3_1_8b = builders("llama3_1_8b", LLAMA3_1_8B)
 llama3_1_70b, lora_llama3_1_70b, qlora_llama3_1_70b = builders("llama3_1_70b", LLAMA3_1_70B)
 llama3_1_405b, lora_llama3_1_405b, qlora_llama3_1_405b = builders("llama3_1_405b", LLAMA3_1_405B)
-
-__all__ = [
-    "LLAMA3_1_8B",
-    "LLAMA3_1_70B",
-    "LLAMA3_1_405B",
-    "llama3_1",
-    "llama3_1_8b",
-    "llama3_1_70b",
-    "llama3_1_405b",
-    "llama3_tokenizer",
-    "lora_llama3_1",
-    "lora_llama3_1_8b",
-    "lora_llama3_1_70b",
-    "lora_llama3_1_405b",
-    "qlora_llama3_1",
-    "qlora_llama3_1_8b",
-    "qlora_llama3_1_70b",
-    "qlora_llama3_1_405b",
-]

@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 from mytune.models.builders import builders
-from mytune.models.llama3 import llama3_sizes, llama3_tokenizer
+from mytune.models.llama3 import llama3_sizes
+from mytune.models.llama3 import llama3_tokenizer as llama3_tokenizer
 from mytune.models.llama3_1 import LLAMA3_1_8B
 from mytune.modules.decoder import RopeScaling
 
@@ -25,18 +26,3 @@ llama3_2_sizes = partial(llama3_sizes, scale_factor=32.0, tie_word_embeddings=Tr
 llama3_2, lora_llama3_2, qlora_llama3_2 = builders("llama3_2", llama3_2_sizes)
 llama3_2_1b, lora_llama3_2_1b, qlora_llama3_2_1b = builders("llama3_2_1b", LLAMA3_2_1B)
 llama3_2_3b, lora_llama3_2_3b, qlora_llama3_2_3b = builders("llama3_2_3b", LLAMA3_2_3B)
-
-__all__ = [
-    "LLAMA3_2_1B",
-    "LLAMA3_2_3B",
-    "llama3_2",
-    "llama3_2_1b",
-    "llama3_2_3b",
-    "llama3_tokenizer",
-    "lora_llama3_2",
-    "lora_llama3_2_1b",
-    "lora_llama3_2_3b",
-    "qlora_llama3_2",
-    "qlora_llama3_2_1b",
-    "qlora_llama3_2_3b",
-]

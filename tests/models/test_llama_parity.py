@@ -94,7 +94,9 @@ def test_sizes_are_the_published_ones(build):
 
 @pytest.mark.parametrize("module", [llama3, llama3_1, llama3_2, llama3_3], ids=lambda m: m.__name__)
 def test_every_builder_has_a_lora_and_a_qlora_twin(module):
-    plain = [n for n in module.__all__ if n.startswith("llama3") and "tokenizer" not in n]
+    here = [n for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__]
+    plain = [n for n in here if n.startswith("llama3") and not n.endswith("_sizes")]
+    assert plain
     for name in plain:
         for twin in (f"lora_{name}", f"qlora_{name}"):
             signature = inspect.signature(getattr(module, twin))
