@@ -224,7 +224,6 @@ def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
 
 # What an operation takes for itself while it runs: the meta device does not know.
 _INSIDE: dict[Any, Callable[..., int]] = {
-    _aten.logsumexp.default: lambda x, *_: x.nbytes,  # exp(x - max), as large as x
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     _aten._scaled_dot_product_efficient_attention_backward.default: _flash_backward,
 }
@@ -290,11 +289,6 @@ def _fused_norm(
     return _FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def _fused_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    """Dropout that keeps one byte per element."""
-    return _aten.native_dropout(x, p, True)[0] if training and p else x
-
-
 def _cuda_attention(
     q: Tensor,
     k: Tensor,
@@ -355,7 +349,6 @@ _CPU: list[tuple[Any, str, Any]] = [
 _OTHER: list[tuple[Any, str, Any]] = [
     (F, "scaled_dot_product_attention", _cuda_attention),
     (F, "rms_norm", _fused_norm),
-    (F, "dropout", _fused_dropout),
     _DEQUANTIZE,
 ]
 _LOSS = (losses, "_loss_and_gradient", _loss_in_place)
