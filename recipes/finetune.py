@@ -99,11 +99,11 @@ from mytune.training import (
     offload_activations,
     optimizer_state,
     output_dir_lock,
-    parallel_dims,
     plan_memory,
     planned_device,
     process_group,
     rank,
+    ranks_per_copy,
     recomputed_blocks,
     reset_peak_memory,
     reshard,
@@ -517,7 +517,7 @@ def choose_memory_settings(
     fits = bool(adapter_state(model))
     if fits and world_size() > 1 and dims == (None, None):
         fits = bool(plan_memory(model, loss_fn, settings, memory).fits)
-    settings = replace(settings, shard_ranks=parallel_dims(*dims, fits=fits)[1])
+    settings = replace(settings, shard_ranks=ranks_per_copy(*dims, fits=fits))
     if cfg.ac_mode == "auto" and memory is not None:
         blocks = fewest_recomputed_blocks(model, loss_fn, settings, memory)
         log.info("ac_mode=auto: %d of %d blocks are recomputed", len(blocks), len(model.layers))
@@ -696,26 +696,17 @@ def load_model(
     """Prepare the model for training and fill it, tensor by tensor."""
     checkpoint_activations(model, settings.recompute, settings.keep_products)
     compile_blocks(model, cfg.compile)
-    shard(cfg, model, device, settings.shard_ranks)
+    shard_model(
+        model,
+        device,
+        settings.shard_ranks,
+        reshard_after_forward=cfg.fsdp_reshard_after_forward,
+        cpu_offload=cfg.fsdp_cpu_offload,
+    )
     has_adapters = bool(adapter_state(model))
     weights = (checkpointer if has_adapters or not resumed else resumed).weights(model.config)
     load_weights(model, weights, device, settings.dtype)
     load_adapters(model, (resumed or checkpointer).adapter_weights(), device, seed)
-
-
-def shard(cfg: Config, model: Decoder, device: torch.device, ranks: int) -> None:
-    """Share the model out over `ranks` each, or let every one hold it whole."""
-    replicate = world_size() // ranks
-    if world_size() > 1:
-        log.info("copies of the model: %d, each shared by %d ranks", replicate, ranks)
-    shard_model(
-        model,
-        device,
-        replicate=replicate,
-        shard=ranks,
-        reshard_after_forward=cfg.fsdp_reshard_after_forward,
-        cpu_offload=cfg.fsdp_cpu_offload,
-    )
 
 
 def check_first_checkpoint_fits(

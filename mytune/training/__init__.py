@@ -12,7 +12,7 @@ __all__, __getattr__ = lazy_names(
         ),
         "device": "describe_device get_device get_dtype planned_device use_fast_float32_matmul",
         "distributed": "all_sum process_group restarts from_rank_0 rank sum_gradients world_size",
-        "sharding": "parallel_dims reshard shard_model sync_gradients",
+        "sharding": "ranks_per_copy reshard shard_model sync_gradients",
         "grad": "check_finite clip_grad_norm",
         "inference": "load_for_inference",
         "planning.smaller": "settings_to_share smaller_settings",

@@ -5,6 +5,8 @@ Where each holds it whole, `sum_gradients` sums once per optimizer step what FSD
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,9 +23,11 @@ from mytune.errors import ConfigError, ResourceError
 from mytune.modules.decoder import Decoder
 from mytune.training.distributed import world_size
 
+log = logging.getLogger("mytune")
 
-def parallel_dims(shard: int | None, replicate: int | None, *, fits: bool) -> tuple[int, int]:
-    """Return how many groups hold a copy of the model each, and how many ranks share one copy.
+
+def ranks_per_copy(shard: int | None, replicate: int | None, *, fits: bool) -> int:
+    """Return how many ranks share one copy of the model.
 
     Args:
         shard: ranks that share a copy; -1 for all that `replicate` leaves. None: 1 if the model
@@ -46,7 +50,7 @@ def parallel_dims(shard: int | None, replicate: int | None, *, fits: bool) -> tu
             f"there are {processes} processes; set data_parallel_shard_dim=-1 to share the model "
             "among all that the copies leave"
         )
-    return replicate, shard
+    return shard
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -57,34 +61,36 @@ def is_sharded(model: nn.Module) -> bool:
 def shard_model(
     model: Decoder,
     device: torch.device,
+    ranks: int,
     *,
-    replicate: int,
-    shard: int,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """Share a model on the meta device out over `shard` ranks, block by block, in place (FSDP2).
+    """Share each copy of a model on the meta device out over `ranks`, block by block, in place.
 
-    The embedding, the norm and the head are one group, which stays gathered from the forward to
-    the end of the backward pass: the loss reads the head after the forward.
+    By FSDP2; one rank alone holds its copy whole. The embedding, the norm and the head are one
+    group, which stays gathered from the forward to the end of the backward pass: the loss reads the
+    head after the forward.
 
     Args:
-        replicate: groups of ranks that hold the same.
         reshard_after_forward: let go of a block's gathered weights until the backward pass.
         cpu_offload: keep weights, gradients and optimizer state in the CPU's memory.
 
     Raises:
         ResourceError: 4-bit weights, and a torch that cannot share them out.
     """
-    if shard == 1:
+    copies = world_size() // ranks
+    if world_size() > 1:
+        log.info("copies of the model: %d, each shared by %d ranks", copies, ranks)
+    if ranks == 1:
         return
     if torch.__version__ < "2.12" and not all(p.is_floating_point() for p in model.parameters()):
         raise ResourceError(
             f"torch {torch.__version__} cannot share 4-bit weights among ranks; install torch 2.12 "
             "or newer, or let every rank hold them all with data_parallel_shard_dim=1"
         )
-    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("copy", "shard"))
-    mesh = mesh if replicate > 1 else mesh["shard"]
+    mesh = init_device_mesh(device.type, (copies, ranks), mesh_dim_names=("copy", "shard"))
+    mesh = mesh if copies > 1 else mesh["shard"]
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload and device.type != "cpu" else OffloadPolicy()
     for module in (*model.layers, model):

@@ -19,8 +19,8 @@ from mytune.training import (
     all_sum,
     load_adapters,
     load_weights,
-    parallel_dims,
     process_group,
+    ranks_per_copy,
     shard_model,
     sum_gradients,
 )
@@ -51,7 +51,7 @@ def _rank(rank: int, port: int, model: str, folder: str) -> None:
         built = MODELS[model](folder)
     file = Path(folder, "model.safetensors")
     with process_group(device, 60):
-        shard_model(built, device, replicate=1, shard=2)
+        shard_model(built, device, 2)
         weights = FullModelHFCheckpointer(folder).weights(built.config)
         load_weights(built, weights, device, torch.bfloat16)
         read = resident(file)
@@ -103,30 +103,30 @@ def test_a_torch_that_cannot_share_4_bit_weights_is_told(monkeypatch):
         model = qlora_llama3(["q_proj"], **TINY)
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.11.0"))
     with pytest.raises(ResourceError, match=r"torch 2\.11\.0 cannot share .* install torch 2\.12"):
-        shard_model(model, torch.device("cpu"), replicate=1, shard=2)
+        shard_model(model, torch.device("cpu"), 2)
 
 
 @pytest.mark.parametrize(
     ("processes", "shard", "replicate", "fits", "expected"),
     [
-        (1, None, None, True, (1, 1)),
-        (1, None, None, False, (1, 1)),
-        (8, None, None, True, (8, 1)),
-        (8, None, None, False, (1, 8)),
-        (8, -1, 1, True, (1, 8)),
-        (8, -1, 2, True, (2, 4)),
-        (8, None, 2, True, (2, 4)),
-        (8, 4, None, True, (2, 4)),
-        (8, 1, None, False, (8, 1)),
+        (1, None, None, True, 1),
+        (1, None, None, False, 1),
+        (8, None, None, True, 1),
+        (8, None, None, False, 8),
+        (8, -1, 1, True, 8),
+        (8, -1, 2, True, 4),
+        (8, None, 2, True, 4),
+        (8, 4, None, True, 4),
+        (8, 1, None, False, 1),
     ],
 )
-def test_copies_and_ranks_that_share_them(monkeypatch, processes, shard, replicate, fits, expected):
+def test_ranks_that_share_a_copy(monkeypatch, processes, shard, replicate, fits, expected):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    assert parallel_dims(shard, replicate, fits=fits) == expected
+    assert ranks_per_copy(shard, replicate, fits=fits) == expected
 
 
 @pytest.mark.parametrize(("shard", "replicate"), [(3, None), (0, None), (None, 3), (4, 4), (-2, 1)])
 def test_layouts_that_do_not_add_up_are_refused(monkeypatch, shard, replicate):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ConfigError, match="there are 8 processes"):
-        parallel_dims(shard, replicate, fits=True)
+        ranks_per_copy(shard, replicate, fits=True)
