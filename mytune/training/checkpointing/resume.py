@@ -72,17 +72,18 @@ def latest(output_dir: Path, name: str | None = None) -> Published | None:
     Raises:
         CheckpointError: there are checkpoints, but none can be used.
     """
-    found = [c.path for c in candidates(output_dir)]
+    there = candidates(output_dir)
+    # What has no readable manifest comes first, so that it is named; the sort keeps the rest.
+    found = [c.path for c in sorted(there, key=lambda c: c.step >= 0)]
     if name:
-        came = [path for path in found if _origin(path) == name]
-        found = came + [path for path in found if path.name == name]
-    if name and not found:
-        there = ", ".join(c.path.name for c in candidates(output_dir)) or "none"
-        raise CheckpointError(
-            f"recipe_checkpoint: {output_dir} has no checkpoint {name}; there: {there}"
-        )
+        found = [path for path in found if name in (path.name, _origin(path))]
+        if not found:
+            names = ", ".join(c.path.name for c in there) or "none"
+            raise CheckpointError(
+                f"recipe_checkpoint: {output_dir} has no checkpoint {name}; there: {names}"
+            )
     skipped = []
-    for path in sorted(found, key=_is_readable):
+    for path in found:
         problems = verify(path) or _problems(path)
         if not problems:
             return Published(path, read_manifest(path))
@@ -131,11 +132,3 @@ def _problems(path: Path) -> list[str]:
     if step != manifest["step"]:
         return [f"{MANIFEST} is of step {manifest['step']}, {STATE} of step {step}"]
     return []
-
-
-def _is_readable(path: Path) -> bool:
-    """Order what has no readable manifest first, so that it is named; the sort keeps the rest."""
-    try:
-        return bool(read_manifest(path))
-    except CheckpointError:
-        return False
