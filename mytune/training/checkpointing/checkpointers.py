@@ -215,8 +215,8 @@ class _Checkpointer:
         *,
         step: int,
         dtype: torch.dtype,
+        config: DecoderConfig,
         weights: Mapping[str, Tensor] | None = None,
-        config: DecoderConfig | None = None,
         adapter: Mapping[str, Tensor] | None = None,
         adapter_config: Mapping[str, Any] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
@@ -236,8 +236,8 @@ class _Checkpointer:
             name: `epoch_N` or `step_N`.
             step: optimizer steps done; checkpoints are ordered by it.
             dtype: what `weights` are cast to; adapters and `tensors` keep their own types.
+            config: the model's.
             weights: the whole model's by our names, adapters merged; None to save adapters alone.
-            config: the model's, needed with `weights`.
             tensors, state: what the recipe needs to go on.
             trained: the model's own parameters, for resuming where `weights` are not saved.
             run: what else the manifest says: samples_seen, world_size, config_hash, fingerprints.
@@ -255,7 +255,7 @@ class _Checkpointer:
         if from_rank_0("same" if rank() == 0 and _is_same(target, step, run) else ""):
             log.info("%s is already published", target)
             return target
-        plan = None if weights is None else self.plan(_given(config), dtype)
+        plan = None if weights is None else self.plan(config, dtype)
         parts = [part for part in (adapter, tensors, trained) if part]
         held = sum(tensor.nbytes for part in parts for tensor in part.values())
         facts: dict[str, Any] = {
@@ -339,12 +339,6 @@ def _check(model_type: str | None, safe_serialization: bool, keep: int | None) -
         raise ConfigError(
             f"checkpointer.keep_last_n_checkpoints is {keep}; use 1 or more, or null to keep all"
         )
-
-
-def _given(config: DecoderConfig | None) -> DecoderConfig:
-    if config is None:
-        raise ValueError("save() needs the model's config to write its weights")
-    return config
 
 
 def _is_same(target: Path, step: int, run: Mapping[str, Any] | None) -> bool:
