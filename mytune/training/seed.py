@@ -14,16 +14,6 @@ from mytune.training.distributed import from_rank_0
 
 log = logging.getLogger("mytune")
 
-_MODES: dict[str | int | None, int] = {
-    None: 0,
-    "default": 0,
-    "warn": 1,
-    "error": 2,
-    0: 0,
-    1: 1,
-    2: 2,
-}
-
 
 def set_seed(seed: int | None = None) -> int:
     """Seed Python, numpy and torch, log and return the seed; None draws one for all ranks."""
@@ -61,13 +51,12 @@ def set_deterministic(mode: str | int | None) -> None:
 
     Call it before anything is on the device: cuBLAS reads its workspace setting when CUDA starts.
     """
-    if mode not in _MODES:
+    if mode not in (None, "default", "warn", "error", 0, 1, 2):
         raise ConfigError(
             f"cudnn_deterministic_mode is {mode!r}; it can be default (0), warn (1) or error (2)"
         )
-    level = _MODES[mode]
-    if level:
+    torch.set_deterministic_debug_mode(mode or 0)
+    torch.backends.cudnn.deterministic = torch.are_deterministic_algorithms_enabled()
+    if torch.backends.cudnn.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_deterministic_debug_mode(level)
-    torch.backends.cudnn.deterministic = level > 0
     torch.backends.cudnn.benchmark = False
