@@ -27,32 +27,24 @@ def setup_logging(level: str = "INFO", rank: int = 0) -> None:
     if level.upper() not in _LEVELS:
         hint = did_you_mean(level.upper(), _LEVELS)
         raise ConfigError(f"log_level is {level!r}{hint}; it can be {', '.join(_LEVELS)}")
-    handler = _Handler()
-    handler.setFormatter(_Formatter(f"[rank {rank}] " if rank else ""))
-    log.handlers[:] = [handler]
+    log.handlers[:] = [_Handler(f"[rank {rank}] " if rank else "")]
     log.setLevel(level.upper() if rank == 0 else logging.ERROR)
     log.propagate = False  # a library's basicConfig would print each line twice
 
 
 class _Handler(logging.Handler):
-    """Writes to stderr without tearing a progress bar."""
+    """Writes to stderr without secrets, and without tearing a progress bar."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # nobody reads it, or its disk is full: no reason to stop training
-            tqdm.write(self.format(record), file=sys.stderr)
-            sys.stderr.flush()
-
-
-class _Formatter(logging.Formatter):
     def __init__(self, prefix: str) -> None:
         super().__init__()
         self.prefix = prefix
 
-    def format(self, record: logging.LogRecord) -> str:
-        loud = record.levelno >= logging.WARNING
-        level = f"{record.levelname.lower()}: " if loud else ""
-        text: str = redact(self.prefix + level + super().format(record))
-        return printable(text)
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        text = printable(redact(self.prefix + level + self.format(record)))
+        with suppress(OSError):  # nobody reads it, or its disk is full: no reason to stop training
+            tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
 
 
 class ProgressBar:
