@@ -105,14 +105,7 @@ class Float8DynActFloat8WeightQuantizer(Quantizer):
         return configs.Float8DynamicActivationFloat8WeightConfig(granularity=configs.PerRow())
 
 
-QUANTIZERS: tuple[type[Quantizer], ...] = (
-    Int8WeightOnlyQuantizer,
-    Int8DynActInt8WeightQuantizer,
-    Int4WeightOnlyQuantizer,
-    Int8DynActInt4WeightQuantizer,
-    Float8WeightOnlyQuantizer,
-    Float8DynActFloat8WeightQuantizer,
-)
+QUANTIZERS: tuple[type[Quantizer], ...] = tuple(Quantizer.__subclasses__())
 
 
 def torchao_config(quantizer: Any, device: torch.device) -> Any:
