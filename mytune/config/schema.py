@@ -41,7 +41,6 @@ class Field:
     required: bool
     comment: str
     section: str
-    line: int
 
     @property
     def optional(self) -> bool:
@@ -67,7 +66,6 @@ class Schema:
     """
 
     file: Path
-    docstring: str
     fields: list[Field]
     supplied: dict[str, list[str]] | None = None
 
@@ -90,7 +88,7 @@ def read_schema(recipe_file: Path) -> Schema:
     if not found:
         raise ConfigError(f"{recipe_file} has no `class Config`: a recipe declares its keys there")
     fields = _read_fields(found[0], source, recipe_file)
-    return Schema(recipe_file, ast.get_docstring(tree) or "", fields, _read_supplied(tree))
+    return Schema(recipe_file, fields, _read_supplied(tree))
 
 
 def parse_hint(annotation: str) -> Any:
@@ -118,7 +116,7 @@ def _read_fields(config: ast.ClassDef, source: str, file: Path) -> list[Field]:
             except ValueError:
                 problems.append(f"{file}:{node.lineno}: {name}: {_NOT_LITERAL}")
             required = node.value is None
-            fields.append(Field(name, text, hint, default, required, comment, section, node.lineno))
+            fields.append(Field(name, text, hint, default, required, comment, section))
         end = node.end_lineno or end
     if problems:
         raise ConfigError(f"the Config of {file} cannot be read", problems)

@@ -14,10 +14,9 @@ from mytune.config.schema import read_schema
 from mytune.errors import ConfigError
 
 
-def test_fields_have_types_defaults_comments_sections_and_lines(folder: Path) -> None:
+def test_fields_have_types_defaults_comments_and_sections(folder: Path) -> None:
     schema = read_schema(folder / "recipe.py")
     names = schema.names
-    assert schema.docstring == "A recipe for tests."
     assert [each.name for each in schema.fields if each.required] == ["output_dir", "model"]
     assert names["seed"].type == "int | None" and names["seed"].optional
     assert names["dtype"].hint == Literal["bf16", "fp32"] and not names["dtype"].optional
@@ -39,10 +38,6 @@ def test_fields_have_types_defaults_comments_sections_and_lines(folder: Path) ->
         "",
         "The loop",
     ]
-    assert (
-        "batch_size"
-        in (folder / "recipe.py").read_text().splitlines()[names["batch_size"].line - 1]
-    )
 
 
 def test_the_schema_agrees_with_the_dataclass_that_python_makes(folder: Path) -> None:
