@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
@@ -30,6 +30,13 @@ class ConfigError(TuneError):
     """A wrong config, override or command line."""
 
     exit_code = 2
+
+
+def check_at_least(least: int, numbers: Mapping[str, int | None]) -> None:
+    """Raise ConfigError for numbers, by their keys, that are too low, all at once; None is none."""
+    low = [f"{key} is {n}" for key, n in numbers.items() if n is not None and n < least]
+    if low:
+        raise ConfigError(f"{', '.join(low)}; it must be at least {least}")
 
 
 class MissingTokenizer(ConfigError):

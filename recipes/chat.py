@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mytune.config import Component, component, instantiate
-from mytune.errors import ConfigError, printable
+from mytune.errors import ConfigError, check_at_least, printable
 from mytune.generation import (
     COMPILES,
     Decoding,
@@ -144,9 +144,7 @@ def read_sampling(cfg: Config) -> Sampling:
         repetition_penalty=cfg.repetition_penalty,
     )
     check_sampling(**sampling)
-    for key in ("max_new_tokens", "max_seq_len"):
-        if getattr(cfg, key) < 1:
-            raise ConfigError(f"{key} is {getattr(cfg, key)}; it must be at least 1")
+    check_at_least(1, {key: getattr(cfg, key) for key in ("max_new_tokens", "max_seq_len")})
     return sampling
 
 

@@ -46,6 +46,7 @@ from mytune.errors import (
     ResourceError,
     StoppedEarly,
     UnreachableError,
+    check_at_least,
 )
 from mytune.evaluation import (
     check_limit,
@@ -544,9 +545,7 @@ def check(cfg: Config) -> None:
     """Raise ConfigError for numbers and combinations that cannot be, before anything is loaded."""
     keys = ("epochs", "save_every_n_steps", "run_val_every_n_steps", "batch_size_val")
     keys += ("log_every_n_steps", "eval_every_n_steps")
-    counts = {key: getattr(cfg, key) for key in keys}
-    if low := [f"{key} is {n}" for key, n in counts.items() if n is not None and n < 1]:
-        raise ConfigError(f"{', '.join(low)}; it must be at least 1")
+    check_at_least(1, {key: getattr(cfg, key) for key in keys})
     check_limit("eval_limit", cfg.eval_limit)
     if cfg.device_memory is not None and not cfg.device_memory > 0:
         raise ConfigError(f"device_memory is {cfg.device_memory}; it must be above 0 GiB, or null")

@@ -24,7 +24,7 @@ import torch
 
 from mytune.config import Component, instantiate
 from mytune.datasets import OpenAIToMessages, open_source
-from mytune.errors import ConfigError, DataError, printable, shortened
+from mytune.errors import ConfigError, DataError, check_at_least, printable, shortened
 from mytune.generation import (
     COMPILES,
     Sampling,
@@ -176,9 +176,9 @@ def read_sampling(cfg: Config) -> Sampling:
         repetition_penalty=cfg.repetition_penalty,
     )
     check_sampling(**sampling)
-    for key in ("batch_size", "num_samples", "max_new_tokens"):
-        if getattr(cfg, key) < 1:
-            raise ConfigError(f"{key} is {getattr(cfg, key)}; it must be at least 1")
+    check_at_least(
+        1, {key: getattr(cfg, key) for key in ("batch_size", "num_samples", "max_new_tokens")}
+    )
     if "" in (cfg.stop or []):
         raise ConfigError("stop has an empty text, which would end every answer; remove it")
     return sampling

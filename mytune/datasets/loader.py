@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mytune.datasets.tokens import IGNORE_INDEX, Dataset, Int32Array, IntArray, Sample
-from mytune.errors import ConfigError
+from mytune.errors import check_at_least
 
 Batch: TypeAlias = dict[str, Tensor]
 
@@ -45,10 +45,9 @@ class BatchLoader:
         numbers = {
             "batch_size": batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps,
-            "max_steps_per_epoch": 1 if max_steps_per_epoch is None else max_steps_per_epoch,
+            "max_steps_per_epoch": max_steps_per_epoch,
         }
-        if low := [f"{name} is {number}" for name, number in numbers.items() if number < 1]:
-            raise ConfigError(f"{', '.join(low)}; it must be at least 1")
+        check_at_least(1, numbers)
         self.dataset, self.seed, self.shuffle, self.pad_id = dataset, seed, shuffle, pad_id
         self.rank, self.world_size = rank, world_size
         self._rows_per_micro_step = batch_size * world_size

@@ -10,7 +10,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from mytune.errors import ConfigError, NumericalError
+from mytune.errors import ConfigError, NumericalError, check_at_least
 from mytune.generation.kv_cache import BranchedKVCache, KVCache
 from mytune.generation.packing import can_compile
 from mytune.generation.reading import CachedReader, StaticReader
@@ -137,8 +137,7 @@ class Decoding:
             model.config.max_seq_len, prompt_cache.length if prompt_cache else sys.maxsize
         )
         limits = _limits(prompts, max_new_tokens, positions)
-        if num_samples < 1:
-            raise ConfigError(f"num_samples is {num_samples}; it must be at least 1")
+        check_at_least(1, {"num_samples": num_samples})
         self.rows = [Row(limit) for limit in limits for _ in range(num_samples)]
         self._stop_tokens, self._logprobs = frozenset(stop_tokens), logprobs
         self._prompt_cache, self._samples, self._begun = prompt_cache, num_samples, False
@@ -319,8 +318,7 @@ def _limits(
     """Return how many new tokens each prompt may get."""
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
-    if least := [each for each in max_new_tokens if each < 1]:
-        raise ConfigError(f"max_new_tokens is {least[0]}; it must be at least 1")
+    check_at_least(1, {"max_new_tokens": min(max_new_tokens, default=None)})
     pairs = zip(prompts, max_new_tokens, strict=True)
     return [min(most, positions - len(prompt)) for prompt, most in pairs]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mytune._sharded import fill, whole
-from mytune.errors import CheckpointError, ConfigError, did_you_mean
+from mytune.errors import CheckpointError, ConfigError, check_at_least, did_you_mean
 from mytune.modules.derived import Derived, dropped, product
 from mytune.quantization.nf4 import NF4Linear
 from mytune.quantization.tensors import is_quantized
@@ -125,8 +125,7 @@ def apply_lora(model: nn.Module, lora: LoRAConfig, only: Collection[str] | None 
     Raises:
         ConfigError: a name that no linear of the model has, an impossible rank or dropout.
     """
-    if lora.rank < 1:
-        raise ConfigError(f"lora_rank is {lora.rank}; it must be at least 1")
+    check_at_least(1, {"lora_rank": lora.rank})
     if not 0 <= lora.dropout < 1:
         raise ConfigError(f"lora_dropout is {lora.dropout}; it must be from 0 to below 1")
     linears = {name: m for name, m in model.named_modules() if type(m) in _ADAPTED}

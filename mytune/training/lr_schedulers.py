@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mytune.errors import ConfigError
+from mytune.errors import ConfigError, check_at_least
 
 log = logging.getLogger("mytune")
 
@@ -81,13 +81,9 @@ def _schedule(
     """Return a ramp and then `after_warmup(progress)`, progress going from 0 to 1."""
     if not 0 <= min_lr_ratio <= 1:
         raise ConfigError(f"lr_scheduler: min_lr_ratio is {min_lr_ratio}; it must be from 0 to 1")
-    for name, value, least in (
-        ("num_warmup_steps", warmup, 0),
-        ("num_training_steps", total, 1),
-        ("last_epoch", last_epoch, -1),
-    ):
-        if value < least:
-            raise ConfigError(f"lr_scheduler: {name} is {value}; it must be at least {least}")
+    check_at_least(0, {"lr_scheduler: num_warmup_steps": warmup})
+    check_at_least(1, {"lr_scheduler: num_training_steps": total})
+    check_at_least(-1, {"lr_scheduler: last_epoch": last_epoch})
     if warmup >= total:
         log.warning(
             "lr_scheduler.num_warmup_steps is %d of the run's %d steps: lr never reaches its peak",

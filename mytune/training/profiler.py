@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from mytune.errors import ConfigError
+from mytune.errors import ConfigError, check_at_least
 from mytune.training.distributed import rank
 
 log = logging.getLogger("mytune")
@@ -47,15 +47,8 @@ def setup_torch_profiler(
     """
     if not enabled:
         return NoProfiler()
-    limits = {
-        "wait_steps": (wait_steps, 0),
-        "warmup_steps": (warmup_steps, 0),
-        "active_steps": (active_steps, 1),
-        "num_cycles": (num_cycles, 1),
-    }
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise ConfigError(f"profiler.{name} is {value}; it must be at least {least}")
+    check_at_least(0, {"profiler.wait_steps": wait_steps, "profiler.warmup_steps": warmup_steps})
+    check_at_least(1, {"profiler.active_steps": active_steps, "profiler.num_cycles": num_cycles})
     first = wait_steps + warmup_steps + 1
     log.info(
         "profiling steps %d to %d; traces go to %s", first, first + active_steps - 1, output_dir
