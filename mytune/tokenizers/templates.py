@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mytune.errors import ConfigError, did_you_mean
@@ -35,38 +36,22 @@ class PromptTemplate:
         return replace(message, content=prefix + message.content + suffix)
 
 
-class GrammarErrorCorrectionTemplate(PromptTemplate):
-    """Ask for a correction of the user's text."""
-
-    def __init__(self) -> None:
-        super().__init__({"user": ("Correct this to standard English: ", "\n---\nCorrected: ")})
-
-
-class SummarizeTemplate(PromptTemplate):
-    """Ask for a summary of the user's text."""
-
-    def __init__(self) -> None:
-        super().__init__({"user": ("Summarize this dialogue:\n", "\n---\nSummary:\n")})
-
-
-class QuestionAnswerTemplate(PromptTemplate):
-    """Mark the user's text as a question to be answered."""
-
-    def __init__(self) -> None:
-        super().__init__({"user": ("Question: ", "\n\nAnswer: ")})
-
-
-class ChatMLTemplate(PromptTemplate):
-    """OpenAI's ChatML, as text."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            {
-                "system": ("<|im_start|>system\n", "<|im_end|>\n"),
-                "user": ("<|im_start|>user\n", "<|im_end|>\n"),
-                "assistant": ("<|im_start|>assistant\n", "<|im_end|>"),
-            }
-        )
+# torchtune's templates.
+GrammarErrorCorrectionTemplate = partial(
+    PromptTemplate, {"user": ("Correct this to standard English: ", "\n---\nCorrected: ")}
+)
+SummarizeTemplate = partial(
+    PromptTemplate, {"user": ("Summarize this dialogue:\n", "\n---\nSummary:\n")}
+)
+QuestionAnswerTemplate = partial(PromptTemplate, {"user": ("Question: ", "\n\nAnswer: ")})
+ChatMLTemplate = partial(
+    PromptTemplate,
+    {
+        "system": ("<|im_start|>system\n", "<|im_end|>\n"),
+        "user": ("<|im_start|>user\n", "<|im_end|>\n"),
+        "assistant": ("<|im_start|>assistant\n", "<|im_end|>"),
+    },
+)
 
 
 def resolve_template(spec: TemplateSpec) -> ApplyTemplate | None:
