@@ -19,7 +19,6 @@ from mytune.modules.lora import is_adapter
 from mytune.training.activations import checkpoint_activations
 from mytune.training.planning.optimizer_size import optimizer_size
 from mytune.training.planning.simulate import (
-    Peak,
     StepSettings,
     set_meta_dtype,
     simulate_step,
@@ -87,7 +86,9 @@ def plan_memory(
     optimizer = optimizer_size(
         settings.optimizer, model, settings.device, settings.optimizer_in_bwd
     )
-    step = _simulate(model, loss_fn, settings)
+    model.train()
+    checkpoint_activations(model, settings.recompute, settings.keep_products)
+    step = simulate_step(model, loss_fn, settings)
 
     resident["optimizer state"] = int(optimizer.state * settings.share)
     gradients = 0 if settings.optimizer_in_bwd else trained * settings.share
@@ -129,12 +130,6 @@ def _gathered(model: Decoder, settings: StepSettings) -> int:
 
 def _nbytes(module: nn.Module, trained: bool = False) -> int:
     return sum(p.nbytes for p in module.parameters() if p.requires_grad or not trained)
-
-
-def _simulate(model: Decoder, loss_fn: Loss, settings: StepSettings) -> Peak:
-    model.train()
-    checkpoint_activations(model, settings.recompute, settings.keep_products)
-    return simulate_step(model, loss_fn, settings)
 
 
 def fewest_recomputed_blocks(
