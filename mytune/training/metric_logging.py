@@ -146,10 +146,8 @@ class DiskLogger(MetricLogger):
                 log.warning("%s was there before: it is now %s", path, aside.name)
 
     def logged(self, step: int) -> set[str]:
-        if rank() != 0 or not self.path.exists():
-            return set()
-        lines = self.path.read_bytes().splitlines()
-        return {name for line in lines if _step(line) == step for name in json.loads(line)}
+        rows = read_metrics(self.path) if rank() == 0 else []
+        return {name for row in rows if row["step"] == step for name in row}
 
 
 def _no_link(path: str, flags: int) -> int:
