@@ -193,12 +193,7 @@ class _Checkpointer:
         if found and (origin := wanted or found.manifest.get("recipe_checkpoint")):
             self._branch = Branch(origin, found.step)
         patient_barrier()
-        name = from_rank_0(found and found.path.name)
-        return (
-            Published(self.output_dir / name, read_manifest(self.output_dir / name))
-            if name
-            else None
-        )
+        return from_rank_0(found)
 
     def set_aside_newer(self) -> None:
         """Rename checkpoints that the run, which goes on from an older one, will replace."""
