@@ -68,20 +68,18 @@ def load_for_inference(
         model.requires_grad_(False)
     elif quantizer is not None:
         check_quantizer(quantizer, model, device, dtype)
-    merge = adapter is not None and merge_adapter and not has_nf4 and stored is None
     fill = load_weights if quantizer is None else partial(_load_quantized, quantizer=quantizer)
     weights = checkpointer.weights(model.config) if stored is None else stored
-    if not merge:
-        fill(model, weights, device, dtype)
-        load_adapters(model, adapter, device, seed=0)
-        return model.eval()
-    cpu = torch.device("cpu")
-    load_weights(model, weights, cpu, dtype)
-    load_adapters(model, adapter, cpu, seed=0)
-    with torch.device("meta"):
-        plain = Decoder(model.config)
-    fill(plain, MergedWeights(model), device, dtype)
-    return plain.eval()
+    if adapter is not None and merge_adapter and not has_nf4 and stored is None:
+        cpu = torch.device("cpu")
+        load_weights(model, weights, cpu, dtype)
+        load_adapters(model, adapter, cpu, seed=0)
+        weights, adapter = MergedWeights(model), None
+        with torch.device("meta"):
+            model = Decoder(model.config)
+    fill(model, weights, device, dtype)
+    load_adapters(model, adapter, device, seed=0)
+    return model.eval()
 
 
 def _check_stored(checkpointer: Any, quantizer: Any, device: torch.device, has_nf4: bool) -> None:
