@@ -109,27 +109,17 @@ def builders(name: str, sizes: DecoderConfig | SizeFunction) -> tuple[Builder, B
 
     size_args = inspect.signature(make).parameters
     lora_args = list(inspect.signature(lora_decoder).parameters.values())[1:]
-    by_keyword = [p.replace(kind=p.KEYWORD_ONLY) for p in size_args.values()]
+    lora_args += [p.replace(kind=p.KEYWORD_ONLY) for p in size_args.values()]
     caller = sys._getframe(1).f_globals["__name__"]
-    for builder, prefix, args, doc in (
-        (build, "", list(size_args.values()), f"Build {name}: {what}"),
-        (
-            lora,
-            "lora_",
-            lora_args + by_keyword,
-            f"Build {name} with LoRA, see `lora_decoder`: {what}",
-        ),
-        (
-            qlora,
-            "qlora_",
-            lora_args + by_keyword,
-            f"Build {name} for QLoRA, see `lora_decoder`: {what}",
-        ),
+    for builder, prefix, how, args in (
+        (build, "", "", size_args.values()),
+        (lora, "lora_", " with LoRA, see `lora_decoder`", lora_args),
+        (qlora, "qlora_", " for QLoRA, see `lora_decoder`", lora_args),
     ):
         builder.__name__ = builder.__qualname__ = prefix + name
         builder.__module__ = caller
-        builder.__doc__ = doc
-        builder.__signature__ = inspect.Signature(args)  # type: ignore[attr-defined]
+        builder.__doc__ = f"Build {name}{how}: {what}"
+        builder.__signature__ = inspect.Signature(list(args))  # type: ignore[attr-defined]
     return build, lora, qlora
 
 
