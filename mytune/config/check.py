@@ -21,15 +21,7 @@ if TYPE_CHECKING:
     from mytune.config.load import LoadedConfig
 
 # Arguments of our components that name a file or folder which must be there before a run starts.
-_INPUTS = [
-    "checkpoint_dir",
-    "path",
-    "special_tokens_path",
-    "merges_file",
-    "merges_path",
-    "vocab_path",
-    "adapter_checkpoint",
-]
+_INPUTS = ["checkpoint_dir", "path", "special_tokens_path", "adapter_checkpoint"]
 _DOWNLOAD = "`tune download REPO --output-dir DIR` fetches models"
 _ADAPTER = "adapter_config.json"  # by which PEFT's folders are known
 _SOURCES = {"adapter_checkpoint": "a LoRA run writes its adapters to output_dir/epoch_N/adapter"}
