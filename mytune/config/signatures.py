@@ -84,11 +84,9 @@ def _fits(value: Any, hint: Any) -> bool:
         same = isinstance(value, list) and len(value) == len(options)
         return same and all(map(_fits, value, options))
     if origin in (list, tuple, abc.Sequence):
-        inner = options[0] if options else Any
-        return isinstance(value, list) and all(_fits(each, inner) for each in value)
+        return isinstance(value, list) and all(_fits(each, options[0]) for each in value)
     if origin in (dict, abc.Mapping):
-        inner = options[1] if options else Any
-        return isinstance(value, dict) and all(_fits(each, inner) for each in value.values())
+        return isinstance(value, dict) and all(_fits(each, options[1]) for each in value.values())
     if origin is abc.Callable:
         return False  # a component makes one
     if hint is float:
