@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mytune.cli import registry
 from mytune.cli.parser import Parser
-from mytune.cli.run import Job, execute, load, prepare_torch, print_notices
+from mytune.cli.run import Job, execute, load
 from mytune.errors import CheckpointError, ConfigError
 
 # What describes the model in a directory, and who reads the weights beside it.
@@ -48,10 +48,7 @@ def main(argv: list[str]) -> int:
     job = Job(
         registry.find_recipe(args.recipe), None, [*made, *args.overrides], args.allow_component
     )
-    prepare_torch()
-    loaded = load(job)
-    print_notices(loaded)
-    return execute(job, loaded)
+    return execute(job, load(job))
 
 
 def checkpointer_of(folder: Path) -> str:

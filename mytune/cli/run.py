@@ -69,9 +69,7 @@ def main(argv: list[str]) -> int:
     if built_in and not built_in.ranks:
         raise ConfigError(f"{words[0]} runs in one process: leave out {' '.join(options)}")
     job = parse(words)
-    prepare_torch()
     loaded = load(job)
-    print_notices(loaded)
     if options or job.recipe.stem.endswith("_distributed") or words[0].endswith("_distributed"):
         from mytune.cli.torchrun import as_one_of, launch
 
@@ -158,27 +156,25 @@ def _check_method(recipe: str, loaded: LoadedConfig) -> list[str]:
     ]
 
 
-def load(job: Job, *, components: bool = True) -> LoadedConfig:
-    """Return the config, or raise a `ConfigError` with all that is wrong in it."""
+def load(job: Job) -> LoadedConfig:
+    """Return the config, and print on stderr what the user should know about it.
+
+    Raises:
+        ConfigError: with all that is wrong in it, and in its components, which are imported.
+    """
     from mytune.config import check_components, config_error, read_config
 
+    _prepare_torch()
     loaded = read_config(job.recipe, job.config, job.overrides, allow_components=job.allow)
-    problems = loaded.problems
-    if components:
-        found = check_components(loaded)
-        # A plan needs no weights, and says so itself where it lacks something.
-        needed = check_components(loaded, files=False) if job.dry_run else found
-        problems += needed + _check_method(job.name, loaded)
-        loaded.tree.notices += [each for each in found if each not in needed]
-    if problems:
+    found = check_components(loaded)
+    # A plan needs no weights, and says so itself where it lacks something.
+    needed = check_components(loaded, files=False) if job.dry_run else found
+    if problems := loaded.problems + needed + _check_method(job.name, loaded):
         raise config_error(problems)
-    return loaded
-
-
-def print_notices(loaded: LoadedConfig) -> None:
-    """Print what the user should know about the config, on stderr."""
+    loaded.tree.notices += [each for each in found if each not in needed]
     for notice in loaded.notices:
         say(f"notice: {notice}")
+    return loaded
 
 
 def execute(job: Job, loaded: LoadedConfig, module: ModuleType | None = None) -> int:
@@ -203,16 +199,13 @@ def run_recipe(file: str, argv: Sequence[str] | None = None) -> int:
     same = getattr(caller, "__file__", None) and os.path.samefile(str(caller.__file__), file)
 
     def work() -> int:
-        prepare_torch()
         job = parse(words)
-        loaded = load(job)
-        print_notices(loaded)
-        return execute(job, loaded, caller if same else None)
+        return execute(job, load(job), caller if same else None)
 
     return report(work)
 
 
-def prepare_torch() -> None:
+def _prepare_torch() -> None:
     """Let CUDA's allocator grow its segments, which loses less memory; the user's setting wins."""
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

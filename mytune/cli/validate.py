@@ -21,7 +21,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    from mytune.cli.run import Job, load, print_notices
+    from mytune.cli.run import Job, load
 
     args = parser().parse_intermixed_args(argv)
     config = registry.find_config(args.config)
@@ -34,7 +34,6 @@ def main(argv: list[str]) -> int:
             told = "--recipe NAME checks it against another"
             say(f"notice: checked as a config of {recipe.name}; {told}")
         raise
-    print_notices(loaded)
     print(
         f"Config is well-formed: {args.config}\n"
         f"  Checked against {recipe.name}: {len(loaded.values())} keys and types,"

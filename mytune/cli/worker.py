@@ -21,7 +21,8 @@ _STOPPED = 75
 def main() -> int:
     """Run the recipe and leave its exit code and message where the launcher finds them."""
     from mytune.cli.report import open_streams, outcome, say
-    from mytune.cli.run import execute, load, parse
+    from mytune.cli.run import execute, parse
+    from mytune.config import load_config
     from mytune.errors import RanksLost
 
     open_streams()
@@ -41,8 +42,10 @@ def main() -> int:
         if stopped:
             return stopped[0]
         job = parse(sys.argv[1:])
-        try:  # the launcher has checked the components
-            return execute(job, load(job, components=False))
+        # The launcher has checked the components.
+        loaded = load_config(job.recipe, job.config, job.overrides, allow_components=job.allow)
+        try:
+            return execute(job, loaded)
         except RanksLost:
             lost = True
             raise
