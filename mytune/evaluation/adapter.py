@@ -21,7 +21,8 @@ from mytune.evaluation.continuing import Prompt, continue_prompts
 from mytune.evaluation.scoring import Request, score
 from mytune.generation import Sampling
 from mytune.modules.decoder import Decoder
-from mytune.tokenizers import Message, ModelTokenizer
+from mytune.tokenizers.base import ModelTokenizer
+from mytune.tokenizers.messages import Message
 from mytune.training.signals import StopSignal
 
 log = logging.getLogger("mytune")

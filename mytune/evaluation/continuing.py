@@ -10,7 +10,7 @@ import torch
 from mytune.evaluation.batches import cut, run_batches
 from mytune.generation import Sampling, complete
 from mytune.modules.decoder import Decoder
-from mytune.tokenizers import ModelTokenizer
+from mytune.tokenizers.base import ModelTokenizer
 from mytune.training.signals import StopSignal
 
 _MORE = 4  # times as many tokens as when scoring: a step reads all weights, however few rows it has

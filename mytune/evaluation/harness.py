@@ -14,7 +14,7 @@ from mytune.evaluation.batches import EvaluationStopped
 from mytune.evaluation.chat_template import ChatTemplate
 from mytune.evaluation.tasks import Tasks, fault_of_task
 from mytune.modules.decoder import Decoder
-from mytune.tokenizers import ModelTokenizer
+from mytune.tokenizers.base import ModelTokenizer
 from mytune.training.distributed import rank
 from mytune.training.sharding import reshard
 from mytune.training.signals import StopSignal

@@ -1,28 +1,16 @@
 """Text and conversations to token ids, and back; prompt templates."""
 
-from mytune.tokenizers.base import ModelTokenizer, StreamDecoder, check_vocabulary
-from mytune.tokenizers.llama3 import Llama3Tokenizer, llama3_tokenizer
-from mytune.tokenizers.messages import Message, Role, validate_messages
-from mytune.tokenizers.templates import (
-    ChatMLTemplate,
-    GrammarErrorCorrectionTemplate,
-    PromptTemplate,
-    QuestionAnswerTemplate,
-    SummarizeTemplate,
-)
+from mytune._lazy import lazy_names
 
-__all__ = [
-    "ChatMLTemplate",
-    "GrammarErrorCorrectionTemplate",
-    "Llama3Tokenizer",
-    "Message",
-    "ModelTokenizer",
-    "PromptTemplate",
-    "QuestionAnswerTemplate",
-    "Role",
-    "StreamDecoder",
-    "SummarizeTemplate",
-    "check_vocabulary",
-    "llama3_tokenizer",
-    "validate_messages",
-]
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "base": "ModelTokenizer StreamDecoder check_vocabulary",
+        "llama3": "Llama3Tokenizer llama3_tokenizer",
+        "messages": "Message Role validate_messages",
+        "templates": (
+            "ChatMLTemplate GrammarErrorCorrectionTemplate PromptTemplate QuestionAnswerTemplate "
+            "SummarizeTemplate"
+        ),
+    },
+)
