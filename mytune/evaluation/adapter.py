@@ -19,7 +19,7 @@ from mytune.evaluation.batches import check_batch_size
 from mytune.evaluation.chat_template import ChatTemplate
 from mytune.evaluation.continuing import Prompt, continue_prompts
 from mytune.evaluation.scoring import Request, score
-from mytune.generation import Sampling
+from mytune.generation.sampling import Sampling
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers.base import ModelTokenizer
 from mytune.tokenizers.messages import Message

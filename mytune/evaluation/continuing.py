@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from mytune.evaluation.batches import cut, run_batches
-from mytune.generation import Sampling, complete
+from mytune.generation.sampling import Sampling
+from mytune.generation.text import complete
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers.base import ModelTokenizer
 from mytune.training.signals import StopSignal

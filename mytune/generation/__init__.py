@@ -1,34 +1,14 @@
 """KV cache, sampling, the decoding loop, and linears laid out for decoding."""
 
-from mytune.generation.generate import (
-    Decoding,
-    PromptCache,
-    Row,
-    check_prompt,
-    generate,
-    generate_batch,
-)
-from mytune.generation.kv_cache import KVCache
-from mytune.generation.packing import COMPILES, can_compile, pack_linears
-from mytune.generation.sampling import Sampling, check_sampling, sample
-from mytune.generation.text import Completion, TextStream, complete, stop_ids
+from mytune._lazy import lazy_names
 
-__all__ = [
-    "COMPILES",
-    "Completion",
-    "Decoding",
-    "KVCache",
-    "PromptCache",
-    "Row",
-    "Sampling",
-    "TextStream",
-    "can_compile",
-    "check_prompt",
-    "check_sampling",
-    "complete",
-    "generate",
-    "generate_batch",
-    "pack_linears",
-    "sample",
-    "stop_ids",
-]
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "decoding": "Decoding PromptCache Row check_prompt generate generate_batch",
+        "kv_cache": "KVCache",
+        "packing": "COMPILES can_compile pack_linears",
+        "sampling": "Sampling check_sampling sample",
+        "text": "Completion TextStream complete stop_ids",
+    },
+)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mytune.generation.generate import Decoding, Row
+from mytune.generation.decoding import Decoding, Row
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers.base import ModelTokenizer, StreamDecoder
 

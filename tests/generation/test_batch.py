@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 from mytune.errors import ConfigError, NumericalError
 from mytune.generation import Decoding, KVCache, generate, generate_batch, pack_linears
-from mytune.generation.generate import _left_padded
+from mytune.generation import decoding as decoding_loop
+from mytune.generation.decoding import _left_padded
 from mytune.generation.reading import CachedReader, StaticReader
 from tests.generation.conftest import VARIED
 from tests.hf import twins
-
-DECODING = sys.modules["mytune.generation.generate"]  # the package's `generate` is a function
 
 # Of 1 to 40 tokens, the longest one neither first nor last.
 PROMPTS = [[1, 5, 9], [1], [(7 * i + 1) % 160 for i in range(40)], [1, 80, 3, 20, 11, 9, 30]]
@@ -168,7 +165,7 @@ def test_reading_ahead_changes_nothing(settings, monkeypatch):
     expected, reads = decoded(model, PROMPTS, **settings)
     stop = expected[0][0][4]
     stopped, fewer = decoded(model, PROMPTS, stop_tokens=[stop], **settings)
-    monkeypatch.setattr(DECODING, "_reads_ahead", lambda device: True)
+    monkeypatch.setattr(decoding_loop, "_reads_ahead", lambda device: True)
     assert decoded(model, PROMPTS, **settings) == (expected, reads)
     found, ahead = decoded(model, PROMPTS, stop_tokens=[stop], **settings)
     assert found == stopped

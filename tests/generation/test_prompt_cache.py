@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 from mytune.errors import ConfigError
 from mytune.generation import Decoding, PromptCache, generate
+from mytune.generation import decoding as decoding_loop
 from mytune.generation.reading import StaticReader
 from tests.generation.conftest import VARIED
 from tests.hf import twins
-
-DECODING = sys.modules["mytune.generation.generate"]  # the package's `generate` is a function
 
 
 def continued(model, prompt, count, **settings):
@@ -44,7 +41,7 @@ def test_reading_ahead_of_a_stop_token_spoils_nothing(monkeypatch):
     model, _ = twins(**VARIED)
     stop = continued(model, [1, 5, 9, 7], 20)[8]
     told = [continued(model, [1, 5, 9, 7, *end], 20, stop_tokens=[stop]) for end in ([], [3], [4])]
-    monkeypatch.setattr(DECODING, "_reads_ahead", lambda device: True)
+    monkeypatch.setattr(decoding_loop, "_reads_ahead", lambda device: True)
     cache = PromptCache(model, 100)
     for end, expected in zip(([], [3], [4]), told, strict=True):
         prompt = [1, 5, 9, 7, *end]
