@@ -133,28 +133,24 @@ def _parse_split(split: str) -> tuple[str, str | None, str | None]:
 
 def _expand(path: Path, split: str) -> list[Path]:
     """Return the data files that a path or a glob stands for, sorted."""
-    if path.is_dir():
+    is_folder = path.is_dir()
+    if is_folder:
         found = [each for each in path.rglob("*") if each.suffix.lower() in _SUFFIXES]
-        found = [each for each in found if not _is_hidden(each.relative_to(path))]
         hint = f": the folder has no {', '.join(_SUFFIXES)} file"
     else:
         found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
         hint = did_you_mean(path.name, [each.name for each in path.parent.glob("*")])
-    files = sorted(each for each in found if each.is_file() and each.name[0] != ".")
+    # Of a folder that is named, its own path says nothing; of a file or a glob, the file's name.
+    names = {each: str(each.relative_to(path)) if is_folder else each.name for each in found}
+    files = sorted(f for f in found if f.is_file() and not re.search(r"(^|/)\.", names[f]))
     if not files:
         raise ConfigError(f"there is no data file {path}{hint}; change the dataset's source")
-    # Of a folder that is named, its own path says nothing; of a file or a glob, the file's name.
-    told = [each.relative_to(path) if path.is_dir() else Path(each.name) for each in files]
-    named = [file for file, name in zip(files, told, strict=True) if _names_split(name, split)]
-    if split == "train" and not path.is_dir():
+    if split == "train" and not is_folder:
         return files  # what is asked for by name is taken whatever its name
+    named = [file for file in files if _names_split(names[file], split)]
     if split == "train" and not named:
         others = [each for each in _SPLIT_WORDS if each != split]
-        named = [
-            file
-            for file, name in zip(files, told, strict=True)
-            if not any(_names_split(name, other) for other in others)
-        ]
+        named = [f for f in files if not any(_names_split(names[f], other) for other in others)]
     if not named:
         raise ConfigError(
             f"split is {split!r}, but no file of {path} is named so; name another file, or "
@@ -163,12 +159,8 @@ def _expand(path: Path, split: str) -> list[Path]:
     return named
 
 
-def _is_hidden(file: Path) -> bool:
-    return any(part.startswith(".") for part in file.parts)
-
-
-def _names_split(file: Path, split: str) -> bool:
-    words = re.findall("[a-z]+", str(file).lower())
+def _names_split(name: str, split: str) -> bool:
+    words = re.findall("[a-z]+", name.lower())
     return not _SPLIT_WORDS.get(split, {split}).isdisjoint(words)
 
 
