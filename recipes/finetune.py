@@ -274,8 +274,6 @@ def main(cfg: Config) -> None:
     """Run the whole fine-tuning: prepare, train, save, report."""
     setup_logging(cfg.log_level, rank())
     check(cfg)
-    if cfg.eval_tasks:
-        check_may_run(cfg.eval_tasks, cfg.eval_include_path)
     if cfg.dry_run:
         return dry_run(cfg)
     device = get_device(cfg.device)
@@ -547,6 +545,8 @@ def check(cfg: Config) -> None:
     keys += ("log_every_n_steps", "eval_every_n_steps")
     check_at_least(1, {key: getattr(cfg, key) for key in keys})
     check_limit("eval_limit", cfg.eval_limit)
+    if cfg.eval_tasks:
+        check_may_run(cfg.eval_tasks, cfg.eval_include_path)
     if cfg.device_memory is not None and not cfg.device_memory > 0:
         raise ConfigError(f"device_memory is {cfg.device_memory}; it must be above 0 GiB, or null")
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
@@ -808,7 +808,7 @@ def save(
     adapter = adapter_state(model)
     tensors, optimizer_json = optimizer_state(model, optimizer)
     to_resume = cfg.enable_async_checkpointing and name.startswith("step_")
-    adapter_only = bool(adapter) and (cfg.save_adapter_weights_only or to_resume)
+    adapter_only = bool(adapter) and cfg.save_adapter_weights_only
     checkpointer.save(
         name,
         step=step,
