@@ -10,13 +10,9 @@ from typing import NamedTuple
 
 from mytune.errors import ConfigError, did_you_mean
 
-
-def _root() -> Path:
-    package = Path(__file__).resolve().parents[1]
-    return package if (package / "recipes").is_dir() else package.parent  # the wheel, or a checkout
-
-
-ROOT = _root()  # holds recipes/ and configs/
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Holds recipes/ and configs/: of a wheel the package itself, of a checkout the folder around it.
+ROOT = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
 
 
 class Recipe(NamedTuple):

@@ -103,10 +103,13 @@ def _nobody_reads() -> bool:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
+    import traceback
+
     from mytune.config.redact import redact
 
     known = error if isinstance(error, TuneError) else _environment(error)
-    trace = redact(_traceback(error)) if known is None or DEBUG in os.environ else ""
+    wanted = known is None or DEBUG in os.environ
+    trace = redact("".join(traceback.format_exception(error))) if wanted else ""
     if DEBUG in os.environ:
         say(trace)
     told = known or _bug(error, trace)
@@ -152,9 +155,3 @@ def _bug(error: Exception, trace: str) -> TuneError:
         f"{whose}: {type(error).__name__}: {first_line(error)}"
         f" ({last.filename}:{last.lineno}); the traceback is in {file.name}, --debug prints it"
     )
-
-
-def _traceback(error: Exception) -> str:
-    import traceback
-
-    return "".join(traceback.format_exception(error))

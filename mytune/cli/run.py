@@ -109,16 +109,14 @@ def parse(words: Sequence[str]) -> Job:
     _check_pair(args, recipe)
     overrides = args.overrides + ([f"compare={args.compare}"] if args.compare else [])
     if args.dry_run:
-        _check_plannable(args.recipe, recipe)
+        from mytune.config.schema import read_schema
+
+        if "dry_run" not in read_schema(recipe).names:
+            raise ConfigError(
+                f"--dry-run: the recipe {args.recipe} has no key dry_run, so it makes no plan"
+            )
         overrides.append("dry_run=True")
     return Job(recipe, config, overrides, args.allow_component, args.dry_run, args.recipe)
-
-
-def _check_plannable(name: str, recipe: Path) -> None:
-    from mytune.config.schema import read_schema
-
-    if "dry_run" not in read_schema(recipe).names:
-        raise ConfigError(f"--dry-run: the recipe {name} has no key dry_run, so it makes no plan")
 
 
 def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
