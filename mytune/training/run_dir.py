@@ -70,7 +70,8 @@ def _acquire(lock: Path, key: str) -> int:
         try:
             _lock(descriptor, lock, key)
             if _is_still(descriptor, lock):
-                _sign(descriptor)
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -127,11 +128,6 @@ def _is_still(descriptor: int, lock: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), lock.stat())
     except FileNotFoundError:
         return False
-
-
-def _sign(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
 
 
 def check_output_dir(

@@ -90,11 +90,8 @@ def read_adapter(path: Path) -> Adapter:
     if odd:
         raise CheckpointError(f"{folder}: mytune has no such adapter", odd)
     state = {ours: file[theirs] for theirs, ours in names.items() if ours}
-    return state, {**config, "target_modules": sorted({_module(name) for name in state})}
-
-
-def _module(name: str) -> str:
-    return name.partition(".lora_")[0].rpartition(".")[2]
+    modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in state})
+    return state, {**config, "target_modules": modules}
 
 
 def check_adapter(adapter: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
