@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 
 from mytune.cli import registry
-from mytune.cli.main import VERBS
 from mytune.cli.parser import Parser
 
 _BASH = """_tune() {{
@@ -52,8 +51,8 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     shell = parser().parse_args(argv).shell
-    words = {verb: " ".join(_words(verb)) for verb in VERBS}
-    verbs = " ".join([*VERBS, "--help", "--version"])
+    words = {verb: " ".join(_words(verb)) for verb in registry.VERBS}
+    verbs = " ".join([*registry.VERBS, "--help", "--version"])
     if shell == "fish":
         print(f"complete -c tune -n __fish_use_subcommand -a '{verbs}'")
         for verb, each in words.items():

@@ -9,19 +9,9 @@ from collections.abc import Sequence
 
 from mytune import __version__
 from mytune.cli.huge_pages import begin_again
+from mytune.cli.registry import RECIPES, VERBS
 from mytune.cli.report import open_streams, report, take_debug
 from mytune.errors import ConfigError, did_you_mean
-
-VERBS = {
-    "download": "fetch a model from the Hugging Face Hub, or copy an embedded one",
-    "ls": "list the recipes and their configs",
-    "cp": "copy a recipe or a whole config, to change it",
-    "run": "run a recipe, here or under torchrun",
-    "chat": "chat in the terminal with a model of yours",
-    "validate": "check a config: keys, types, components, files",
-    "cat": "print a whole config with a comment on every key",
-    "completion": "print a completion script for bash, zsh or fish",
-}
 
 HELP = """usage: tune [--version] [--debug] COMMAND ...
 
@@ -56,8 +46,6 @@ def _run(words: list[str]) -> int:
         case [verb, *rest] if verb in VERBS:
             code: int = importlib.import_module(f"mytune.cli.{verb}").main(rest)
             return code
-    from mytune.cli.registry import RECIPES
-
     if words[0] in RECIPES:
         raise ConfigError(f"{words[0]} is a recipe, no command: tune run {' '.join(words)}")
     near = did_you_mean(words[0], VERBS)

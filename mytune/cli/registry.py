@@ -1,4 +1,4 @@
-"""Which recipes and configs there are, which belongs to which, and where their files lie."""
+"""Which commands, recipes and configs there are, which belongs to which, where their files lie."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mytune.errors import ConfigError, did_you_mean
+
+VERBS = {
+    "download": "fetch a model from the Hugging Face Hub, or copy an embedded one",
+    "ls": "list the recipes and their configs",
+    "cp": "copy a recipe or a whole config, to change it",
+    "run": "run a recipe, here or under torchrun",
+    "chat": "chat in the terminal with a model of yours",
+    "validate": "check a config: keys, types, components, files",
+    "cat": "print a whole config with a comment on every key",
+    "completion": "print a completion script for bash, zsh or fish",
+}
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Holds recipes/ and configs/: of a wheel the package itself, of a checkout the folder around it.
@@ -102,8 +113,6 @@ def find_recipe(name: str) -> Path:
             return path.resolve()
     if name.endswith(".py"):
         raise ConfigError(f"there is no file {name}")
-    from mytune.cli.main import VERBS
-
     if name in VERBS:
         raise ConfigError(f"{name} is a command, no recipe: tune {name}")
     raise unknown("recipe", name, RECIPES)

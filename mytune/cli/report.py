@@ -11,6 +11,7 @@ from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
+from mytune.cli.registry import ROOT
 from mytune.errors import (
     ResourceError,
     StoppedEarly,
@@ -136,8 +137,6 @@ def _bug(error: Exception, trace: str) -> TuneError:
     """Return the line for an error that nobody foresaw; a file keeps its traceback."""
     import tempfile
     import traceback
-
-    from mytune.cli.registry import ROOT
 
     frames = traceback.extract_tb(error.__traceback__)
     libraries = (sys.prefix, sys.base_prefix, "<")
