@@ -46,6 +46,16 @@ def test_decoding_is_measured() -> None:
     assert done.stdout.splitlines()[-1:] == ["True True"], done.stderr
 
 
+def test_training_is_measured() -> None:
+    script = (
+        "from tests.gpu.training import Case, measure; print(*("
+        "measure(Case(method, 64, 'none', document=document), 1e9)['result']"
+        " for method, document in (('full', None), ('QLoRA', 16))))"
+    )
+    done = run_tiny("-c", script)
+    assert done.stdout.splitlines()[-1:] == ["measured measured"], done.stdout + done.stderr
+
+
 def run_tiny(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python for the suite in its tiny size, on a CPU."""
     return subprocess.run(

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import yaml
 
-from mytune.cli import registry, run
+from mytune.cli import run
 from mytune.modules.decoder import DecoderConfig
 from mytune.training.metric_logging import read_metrics
 from tests.gpu import DEVICE, TINY
@@ -66,6 +65,10 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.method}, {self.blocks} blocks" if self.blocks else self.method
+
+    @property
+    def recipe(self) -> str:
+        return f"{'full' if self.method == 'full' else 'lora'}_finetune_single_device"
 
 
 # The most telling first: there may be no time for all.
@@ -139,22 +142,18 @@ def run_recipe(case: Case, length: int) -> tuple[list[Row], str]:
         file.write_text(yaml.safe_dump(config(case, length, folder)))
         said = io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
-            problem = attempt(lambda: execute(file))
+            problem = attempt(lambda: execute(case.recipe, file))
         metrics = Path(folder) / "metrics.jsonl"
         return (read_metrics(metrics) if metrics.exists() else []), problem
 
 
-def execute(file: Path) -> None:
+def execute(name: str, file: Path) -> None:
     """Do what `tune run` does, but for asking for room on the disk, where nothing is saved."""
-    job = run.parse(["full_finetune_single_device", "--config", str(file)])
+    job = run.parse([name, "--config", str(file)])
     loaded = run.load(job)
-    recipe = import_recipe()
+    recipe = run._import_recipe(job.recipe)
     recipe.check_disk_space = lambda *_: None
     run.execute(job, loaded, recipe)
-
-
-def import_recipe() -> ModuleType:
-    return run._import_recipe(registry.find_recipe("full_finetune_single_device"))
 
 
 def attempt(work: Callable[[], Any]) -> str:
