@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -137,6 +137,10 @@ class Ids:
     """In the place of a tokenizer, for rows that are ids already."""
 
     pad_id = 0
+    eos_id = 2
+    stop_tokens = (2,)
+    special_tokens: ClassVar[dict[str, int]] = {}
+    chat_template = None
     max_seq_len = None
     vocab_size = 0
     fingerprint = "ids"
