@@ -90,7 +90,7 @@ class StoppedEarly(TuneError):
 def is_network(error: BaseException | None) -> bool:
     """Say whether an error, or what it comes from, is that the network does not answer.
 
-    Libraries of the web have classes of their own for that; they are known by their names.
+    HTTP libraries have exceptions of their own for that, which are known by their names.
     """
     while error is not None:
         names = " ".join(kind.__name__ for kind in type(error).__mro__)
@@ -120,7 +120,10 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, candidates: Iterable[str], most: int = 1) -> str:
-    """Return `"; did you mean 'x'?"` for what begins so, is nearest or holds it, or nothing."""
+    """Return `"; did you mean 'x'?"`; "" where no candidate is like `name`.
+
+    `x` is what begins with `name`, or else what is nearest to it, or else what contains it.
+    """
     names = list(candidates)
     begun = sorted(each for each in names if len(name) > 3 and each.startswith(name))[:3]
     near = begun or difflib.get_close_matches(name, names, n=most, cutoff=0.6)

@@ -93,7 +93,7 @@ class Config:
     quantizer: Component | None = None
     # Write every document with its answers and scores, too, to evaluation_samples.jsonl.
     log_samples: bool = False
-    # Of examples that are drawn and of generation that samples.
+    # Seed of few-shot examples that are drawn, and of generation that samples.
     seed: int = 1234
 
     # cuda, cuda:1, cpu, mps or xpu.

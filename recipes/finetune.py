@@ -151,7 +151,7 @@ class Config:
     tokenizer: Component
     # Which files hold the weights, in whose format, and where new ones go.
     checkpointer: Component
-    # Of a LoRA run save the adapter alone, not the merged model beside it.
+    # Of a LoRA run, save only the adapter, without the merged model beside it.
     save_adapter_weights_only: bool = False
     # Save step_N/ every n optimizer steps, beside the one at the end of each epoch.
     save_every_n_steps: int | None = None
@@ -183,7 +183,7 @@ class Config:
     # Micro-batches whose gradients are summed for one optimizer step.
     gradient_accumulation_steps: int = 1
 
-    # Times the data is gone through.
+    # Passes over the data.
     epochs: int = 1
     # Optimizer steps per epoch, if not all.
     max_steps_per_epoch: int | None = None
@@ -202,7 +202,7 @@ class Config:
 
     # cuda, cuda:1, cpu, mps or xpu.
     device: str = "cuda"
-    # Of weights and computation: bf16 or fp32; adapters are always fp32.
+    # Type of weights and computation: bf16 or fp32; adapters are always fp32.
     dtype: str = "bf16"
     # Compile each block with torch.compile.
     compile: bool = False
@@ -224,7 +224,7 @@ class Config:
     data_parallel_shard_dim: int | None = None
     # Copies of the model that those ranks make up, for instance one per node.
     data_parallel_replicate_dim: int | None = None
-    # Let go of a block's gathered weights until the backward pass: less memory, more messages.
+    # Free a block's gathered weights after its forward pass: less memory, more messages.
     fsdp_reshard_after_forward: bool = True
     # Keep sharded weights, gradients and optimizer state in the CPU's memory.
     fsdp_cpu_offload: bool = False
@@ -339,8 +339,6 @@ def main(cfg: Config) -> None:
         load_model(cfg, model, checkpointer, resumed, device, settings, seed)
         warn_of_untrained_tokens(model, row_format.special_tokens)
         optimizer = instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
-        offload = (cfg.enable_activation_offloading, cfg.activation_offloading_use_streams)
-        loss_of = offload_activations(model, *offload)(loss_fn)  # a context around each call
         in_backward = StepInBackward(optimizer) if cfg.optimizer_in_bwd else None
         if resumed:
             load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
@@ -378,6 +376,7 @@ def main(cfg: Config) -> None:
             epoch_ends, run_ends = step % loader.steps_per_epoch == 0, step == total_steps
             known = from_rank_0(logger.logged(step))
             complete = measure_due(measurements, step, epoch_ends, run_ends, logger, stop, known)
+        offload = (cfg.enable_activation_offloading, cfg.activation_offloading_use_streams)
         publish = partial(save, cfg, checkpointer, model, optimizer, dtype, row_format, run)
         steps = remaining_steps(loader, step, cfg.epochs) if complete else ()
         lap = time.perf_counter()
@@ -388,7 +387,8 @@ def main(cfg: Config) -> None:
             for batch in micro_batches:
                 last = batch is micro_batches[-1]
                 sync_gradients(model, last or cfg.fsdp_sync_every_micro_batch)
-                part = loss_of(model, to_device(batch, device)) / max(tokens, 1)
+                with offload_activations(model, *offload):
+                    part = loss_fn(model, to_device(batch, device)) / max(tokens, 1)
                 part.backward()
                 loss += part.detach()
             sum_gradients(model.parameters())
@@ -694,7 +694,8 @@ def load_model(
 ) -> None:
     """Prepare the model for training and fill it, tensor by tensor."""
     checkpoint_activations(model, settings.recompute, settings.keep_products)
-    compile_blocks(model, cfg.compile)
+    if cfg.compile:
+        compile_blocks(model)
     shard_model(
         model,
         device,

@@ -21,7 +21,7 @@ ALLOWED = {
     "quantization": set(),
     "modules": {"quantization"},
     "models": {"modules", "quantization", "tokenizers"},
-    "datasets": {"tokenizers", "config"},
+    "datasets": {"tokenizers"},
     "generation": {"modules", "quantization", "tokenizers"},
     "evaluation": {"modules", "tokenizers", "generation", "training"},
     "training": {"modules", "models", "quantization", "config", "tokenizers"},

@@ -17,7 +17,7 @@ from mytune.errors import TuneError
 TUNABLES, SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
-def begin_again(words: Sequence[str]) -> None:
+def restart_with_huge_pages(words: Sequence[str]) -> None:
     """Start this process once more, with huge pages, if its command line trains nothing.
 
     Only on Linux, and not in a program that calls `main`; what the user has set for glibc stays.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from mytune import __version__
-from mytune.cli.huge_pages import begin_again
+from mytune.cli.huge_pages import restart_with_huge_pages
 from mytune.cli.registry import RECIPES, VERBS
 from mytune.cli.report import open_streams, report, take_debug
 from mytune.errors import ConfigError, did_you_mean
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `tune` with these arguments (default: the process's) and return the exit code."""
     words = take_debug(sys.argv[1:] if argv is None else argv)
     if argv is None:
-        begin_again(words)
+        restart_with_huge_pages(words)
         open_streams()
     code = report(lambda: _run(words))
     if argv is None:  # all is said: Ctrl-C while Python ends needs no traceback

@@ -25,7 +25,7 @@ class PackedDataset:
         max_seq_len: room of a pack.
         split_across_pack: cut the stream of all rows into blocks, each full but the last; a row
             that is cut goes on as a new document, and the token before the cut still learns the
-            one after it. If not given, no row is cut.
+            one after it. If False, no row is cut.
     """
 
     def __init__(

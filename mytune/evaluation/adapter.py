@@ -129,8 +129,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 )
         if empty := sum(not rest for _, _, rest in requests):
             log.warning(
-                "%d of %d continuations have no token of their own, as they melt into the context: "
-                "their log-likelihood is 0",
+                "%d of %d continuations add no token to their context: their log-likelihood is 0",
                 *(empty, len(requests)),
             )
         return self._score([Request(context, rest) for _, context, rest in requests])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mytune.errors import NumericalError
 from mytune.evaluation.batches import cut, run_batches
-from mytune.generation.trees import TREE, Tree, plant, stack
+from mytune.generation.trees import MAX_TREE_TOKENS, Tree, build_trees, stack
 from mytune.modules.decoder import Decoder
 from mytune.training.signals import StopSignal
 
@@ -51,7 +51,7 @@ def score(
         NumericalError: a log-likelihood is not finite.
     """
     asked = [request for request in requests if request.continuation]
-    trees = plant([request.read for request in asked], TREE)
+    trees = build_trees([request.read for request in asked], MAX_TREE_TOKENS)
     batches = cut(trees, len, batch_size, model.device)
 
     def work(batch: list[Tree]) -> dict[int, tuple[float, bool]]:

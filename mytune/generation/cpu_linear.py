@@ -164,13 +164,13 @@ def _int8_layout(weight: Tensor) -> Layout | None:
     """Return the linear for a weight that is 8-bit numbers and a scale for each row, or None."""
     if parts := numbers_and_scale(weight, ("Int8Tensor",), with_inputs=True):
         return DynamicInt8Linear, parts
-    if weight.dtype is not torch.bfloat16 or has_odd_rows(weight):
+    if weight.dtype is not torch.bfloat16 or has_unaligned_rows(weight):
         return None
     parts = numbers_and_scale(weight, ("Int8Tensor",))
     return (Int8Linear, parts) if parts else None
 
 
-def has_odd_rows(weight: Tensor) -> bool:
+def has_unaligned_rows(weight: Tensor) -> bool:
     """Say whether torch's kernel for 8-bit weights would read beyond the end of their rows.
 
     It takes 16 numbers at once. torch.compile uses it for what it recognizes as such a product.

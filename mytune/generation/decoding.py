@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from mytune.errors import ConfigError, NumericalError, check_at_least
-from mytune.generation.kv_cache import BranchedKVCache, KVCache
+from mytune.generation.kv_cache import KVCache, SharedPrefixKVCache
 from mytune.generation.packing import can_compile
 from mytune.generation.reading import CachedReader, StaticReader
 from mytune.generation.sampling import Sampler, Sampling, check_sampling
-from mytune.generation.trees import Tree, common_beginning, plant_if_alike
+from mytune.generation.trees import Tree, common_prefix_length, trees_if_shared
 from mytune.modules.decoder import Decoder, DecoderConfig
 
 _SAVED = 256  # duplicate keys from which on it pays to keep a shared beginning once
@@ -154,8 +154,8 @@ class Decoding:
         else:
             length = self._tokens.shape[1] + max(limits)
             before = [prompt[:-1] for prompt in prompts]  # the last token's logits are to come
-            self._trees = plant_if_alike(before) if any(before) else []
-            common = common_beginning(before) if self._trees else 0
+            self._trees = trees_if_shared(before) if any(before) else []
+            common = common_prefix_length(before) if self._trees else 0
             self._reader = _cached_reader(model, len(prompts), length, pads, compile, common)
 
     def stop(self, row: int) -> None:
@@ -350,4 +350,4 @@ def _cached_reader(
         return StaticReader(model, KVCache(model.config, **sizes), pads, compile)
     if device.type != "cpu" or common * (rows - 1) < _SAVED:
         return CachedReader(model, KVCache(model.config, **sizes), pads)
-    return CachedReader(model, BranchedKVCache(model.config, common=common, **sizes), pads)
+    return CachedReader(model, SharedPrefixKVCache(model.config, common=common, **sizes), pads)

@@ -64,7 +64,7 @@ class KVCache(Cache):
                 tensors[layer] = tensor.repeat_interleave(times, dim=0)
 
 
-class BranchedKVCache(KVCache):
+class SharedPrefixKVCache(KVCache):
     """Keys and values of rows that begin alike: those of the common positions are kept once.
 
     All rows together attend to the common positions, as queries of one row, and each to its own;

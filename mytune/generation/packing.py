@@ -11,7 +11,7 @@ from mytune.generation.cpu_linear import (
     HalfLinear,
     PackedLinear,
     cpu_layout,
-    has_odd_rows,
+    has_unaligned_rows,
     onednn_packs,
 )
 from mytune.generation.row_linear import Layout, row_layout
@@ -122,15 +122,15 @@ def can_compile(model: Decoder) -> bool:
     """Say whether torch.compile can be used on a model's blocks.
 
     On a CPU it cannot look into packed weights, and has nothing faster; and what it makes of some
-    of torchao's products is wrong: see `int8_product` and `has_odd_rows`.
+    of torchao's products is wrong: see `int8_product` and `has_unaligned_rows`.
     """
     if model.device.type != "cpu":
         return True
     packed = (HalfLinear, PackedLinear)
     linears = [each.weight for each in model.layers.modules() if isinstance(each, nn.Linear)]
-    wrong = any(rounds_inputs(each) or _is_odd_int8(each) for each in linears)
+    wrong = any(rounds_inputs(each) or _is_unaligned_int8(each) for each in linears)
     return not wrong and not any(isinstance(module, packed) for module in model.layers.modules())
 
 
-def _is_odd_int8(weight: Tensor) -> bool:
-    return type(weight).__name__ == "Int8Tensor" and has_odd_rows(weight)
+def _is_unaligned_int8(weight: Tensor) -> bool:
+    return type(weight).__name__ == "Int8Tensor" and has_unaligned_rows(weight)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mytune.generation.kv_cache import BranchedKVCache, KVCache
+from mytune.generation.kv_cache import KVCache, SharedPrefixKVCache
 from mytune.generation.trees import Tree, stack
 from mytune.modules.decoder import Cache, Decoder, Rope, rope_angles
 
@@ -86,7 +86,9 @@ class _Spread(Cache):
         tree, place, row, slot = self._copies
         self._cache.keys[layer][row, :, slot] = k[tree, :, place]
         self._cache.values[layer][row, :, slot] = v[tree, :, place]
-        if isinstance(self._cache, BranchedKVCache):  # a tree begins with the first of its paths
+        if isinstance(
+            self._cache, SharedPrefixKVCache
+        ):  # a tree begins with the first of its paths
             first = self._cache.first
             self._cache.common.update(layer, k[:1, :, :first], v[:1, :, :first])
         return k, v

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TREE = 2048  # tokens of a tree: a larger one shares more, but its tokens attend to more
+MAX_TREE_TOKENS = 2048  # a larger tree shares more, but its tokens attend to more
 
 
 class Branch(NamedTuple):
@@ -58,10 +58,10 @@ class Tree:
             mask[start:end, start:end] = torch.ones(size, size, dtype=torch.bool).tril()
 
 
-def plant(sequences: Sequence[Sequence[int]], room: int) -> list[Tree]:
+def build_trees(sequences: Sequence[Sequence[int]], room: int) -> list[Tree]:
     """Return trees that together hold all sequences, the largest first.
 
-    A sequence joins the tree of its alphabetical neighbour if they share a quarter of its tokens
+    A sequence joins the tree of its lexicographic neighbour if they share a quarter of its tokens
     and the tree stays within `room` tokens, or within twice the sequence's length.
     """
     arrays = [np.asarray(each, dtype=">i4") for each in sequences]  # big-endian: bytes sort alike
@@ -79,14 +79,14 @@ def plant(sequences: Sequence[Sequence[int]], room: int) -> list[Tree]:
     return sorted(trees, key=len, reverse=True)
 
 
-def plant_if_alike(sequences: Sequence[Sequence[int]]) -> list[Tree]:
+def trees_if_shared(sequences: Sequence[Sequence[int]]) -> list[Tree]:
     """Return trees that hold all sequences, or none if they save less than a quarter of them."""
-    trees = plant(sequences, TREE)
+    trees = build_trees(sequences, MAX_TREE_TOKENS)
     padded = len(trees) * len(trees[0])
     return trees if 4 * padded <= 3 * len(sequences) * max(map(len, sequences)) else []
 
 
-def common_beginning(sequences: Sequence[Sequence[int]]) -> int:
+def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all sequences begin with alike."""
     first, *others = (np.asarray(each) for each in sequences)
     return min((_common_prefix(first, each) for each in others), default=len(first))

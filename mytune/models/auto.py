@@ -40,7 +40,7 @@ def sizes_of_checkpoint(checkpoint_dir: str) -> DecoderConfig:
             ValueError,
         ) as error:
             raise CheckpointError(f"{file} does not describe a Llama model: {error!r}") from error
-        if wrong := _odd(sizes):
+        if wrong := _implausible(sizes):
             raise CheckpointError(f"{file} does not describe a Llama model: {', '.join(wrong)}")
         return sizes
     adapter = f"{folder} is an adapter: its base is checkpoint_dir, it is adapter_checkpoint"
@@ -50,7 +50,7 @@ def sizes_of_checkpoint(checkpoint_dir: str) -> DecoderConfig:
     )
 
 
-def _odd(sizes: DecoderConfig) -> list[str]:
+def _implausible(sizes: DecoderConfig) -> list[str]:
     """Return what no Llama model has: the file may be from anywhere."""
     scaling = sizes.rope_scaling
     numbers = {f.name: getattr(sizes, f.name) for f in fields(sizes) if f.type == "int"}

@@ -167,7 +167,7 @@ def _check_dtypes(said: Any) -> None:
             _check_dtypes(each)
 
 
-def misplaced(said: Mapping[str, Any], device: torch.device) -> str | None:
+def packed_for_another_device(said: Mapping[str, Any], device: torch.device) -> str | None:
     """Return what a tensor's bytes are laid out for, if that is not this device."""
     kind = str(said.get("_type"))
     packed_for = said.get(_PACKED_FOR, CLASSES.get(kind))

@@ -126,7 +126,7 @@ def _is_large(inner: int, out: int) -> bool:
 @contextmanager
 def offload_activations(
     model: nn.Module, enabled: bool, use_streams: bool = True, min_bytes: int = 2**20
-) -> Iterator[Waiting | None]:
+) -> Iterator[OffloadedTensors | None]:
     """Let what is saved for the backward pass inside this context wait in the CPU's memory.
 
     Weights stay where they are, also as the transposed views that products save, and so do tensors
@@ -143,13 +143,13 @@ def offload_activations(
         yield None
         return
     weights = {local(p).untyped_storage()._cdata for p in model.parameters()}
-    waiting = Waiting(use_streams, weights, min_bytes)
+    waiting = OffloadedTensors(use_streams, weights, min_bytes)
     with torch.autograd.graph.saved_tensors_hooks(waiting.pack, waiting.unpack):
         yield waiting
     waiting.finish()
 
 
-class Waiting:
+class OffloadedTensors:
     """The tensors of one forward pass that wait in the CPU's memory: `nbytes` in all."""
 
     def __init__(self, use_streams: bool, weights: Collection[int], min_bytes: int) -> None:
@@ -158,10 +158,10 @@ class Waiting:
         self._weights = weights
         self._min_bytes = min_bytes
         self._copies: dict[torch.device, _Copies] = {}
-        self._order: list[_Moved] = []
-        self._known: dict[Any, tuple[weakref.ref[Any], _Moved]] = {}
+        self._order: list[_Offloaded] = []
+        self._known: dict[Any, tuple[weakref.ref[Any], _Offloaded]] = {}
 
-    def pack(self, tensor: Tensor) -> Tensor | _Moved:
+    def pack(self, tensor: Tensor) -> Tensor | _Offloaded:
         """Send a tensor away; called by autograd in the forward pass."""
         if self._stays(tensor):
             return tensor
@@ -172,7 +172,7 @@ class Waiting:
         # An address alone says nothing: it is used again when its first storage is gone.
         if moved is None or known is None or known() is None:
             copies = self._copies_of(tensor.device)
-            moved = _Moved(copies.out(tensor), tensor.device, copies, len(self._order))
+            moved = _Offloaded(copies.out(tensor), tensor.device, copies, len(self._order))
             self._known[key] = weakref.ref(storage), moved
             self._order.append(moved)
             self.nbytes += moved.host.nbytes
@@ -182,7 +182,7 @@ class Waiting:
     def _copies_of(self, device: torch.device) -> _Copies:
         if device not in self._copies:
             beside = self._use_streams and device.type == "cuda"
-            self._copies[device] = _Beside(device) if beside else _Copies()
+            self._copies[device] = _StreamCopies(device) if beside else _Copies()
         return self._copies[device]
 
     def _stays(self, tensor: Tensor) -> bool:
@@ -194,7 +194,7 @@ class Waiting:
             or tensor.untyped_storage()._cdata in self._weights
         )
 
-    def unpack(self, packed: Tensor | _Moved) -> Tensor:
+    def unpack(self, packed: Tensor | _Offloaded) -> Tensor:
         """Return a tensor to its device; called by autograd in the backward pass."""
         if isinstance(packed, Tensor):
             return packed
@@ -221,7 +221,7 @@ class Waiting:
 
 
 @dataclass(eq=False)
-class _Moved:
+class _Offloaded:
     """A tensor in the CPU's memory, and on its device again once it is asked for."""
 
     host: Tensor
@@ -246,17 +246,17 @@ class _Copies:
     def out(self, tensor: Tensor) -> Tensor:
         return tensor.to("cpu")
 
-    def start(self, moved: _Moved) -> None:
+    def start(self, moved: _Offloaded) -> None:
         moved.back = moved.host.to(moved.device)
 
-    def wait(self, moved: _Moved) -> None:
+    def wait(self, moved: _Offloaded) -> None:
         pass
 
     def finish(self) -> None:
         pass
 
 
-class _Beside(_Copies):
+class _StreamCopies(_Copies):
     """Copies on a stream of their own, two at a time in either direction.
 
     All memory belongs to the stream that computes, which waits for a copy before it lets go of what
@@ -290,11 +290,11 @@ class _Beside(_Copies):
             self._let_go()
         return host
 
-    def start(self, moved: _Moved) -> None:
+    def start(self, moved: _Offloaded) -> None:
         moved.back = torch.empty_like(moved.host, device=moved.device)
         moved.arrived = self._copy(moved.back, moved.host)
 
-    def wait(self, moved: _Moved) -> None:
+    def wait(self, moved: _Offloaded) -> None:
         assert moved.arrived is not None
         torch.cuda.current_stream(self._device).wait_event(moved.arrived)
 

@@ -111,7 +111,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def patient_barrier() -> None:
+def barrier_without_timeout() -> None:
     """Wait until every rank is here, for as long as one writes; a dead one ends the run anyway."""
     if world_size() > 1:
         dist.barrier(_patient_group())

@@ -39,7 +39,7 @@ class MetricLogger:
         self.log_dict({name: value}, step)
 
     def log_dict(self, payload: Mapping[str, Scalar], step: int) -> None:
-        """Log numbers of one step, by name; nothing is logged of none."""
+        """Log numbers of one step, by name; an empty payload is not logged."""
         if rank() == 0 and payload:
             self._write({name: float(value) for name, value in payload.items()}, step)
 
@@ -99,7 +99,7 @@ class MetricLoggers(MetricLogger):
 class DiskLogger(MetricLogger):
     """Writes `log_dir/filename`: one JSON object per logged step, keyed by `step` and metric names.
 
-    NaN and infinity become null. Each line is on its way to the disk before training goes on.
+    NaN and infinity become null. Each line is given to the system before training goes on.
     """
 
     def __init__(self, log_dir: str, filename: str = "metrics.jsonl") -> None:

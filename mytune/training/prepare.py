@@ -21,11 +21,10 @@ from mytune.training.checkpointing.peft import Adapter, check_adapter
 log = logging.getLogger("mytune")
 
 
-def compile_blocks(model: Decoder, enabled: bool = True) -> None:
+def compile_blocks(model: Decoder) -> None:
     """Compile every block in place; blocks are alike and share their compilations."""
-    if enabled:
-        for layer in model.layers:
-            layer.compile()
+    for layer in model.layers:
+        layer.compile()
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """How ranks hold a model: whole each, shared out by rows (FSDP2), or copies of what groups share.
 
-Where each holds it whole, `sum_gradients` sums once per optimizer step what FSDP2 else sums itself.
+Where each rank holds it whole, `sum_gradients` sums gradients once per step; else FSDP2 does.
 """
 
 from __future__ import annotations

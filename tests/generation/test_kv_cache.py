@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mytune.generation import KVCache, generate
-from mytune.generation.kv_cache import BranchedKVCache
+from mytune.generation.kv_cache import SharedPrefixKVCache
 from mytune.modules.decoder import attend_one_query
 from tests.generation.conftest import VARIED
 from tests.hf import twins
@@ -55,7 +55,7 @@ def test_the_text_is_the_same_without_a_cache():
 def test_attention_in_two_parts_equals_attention_to_the_whole(dtype, atol):
     model, _ = twins()
     sizes, common, own = model.config, 40, 7
-    cache = BranchedKVCache(
+    cache = SharedPrefixKVCache(
         sizes, common=common, batch_size=3, length=common + own, device="cpu", dtype=dtype
     )
     for each in (*cache.common.keys, *cache.common.values, *cache.keys, *cache.values):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mytune.generation import Decoding, KVCache, generate
-from mytune.generation.kv_cache import BranchedKVCache
+from mytune.generation.kv_cache import SharedPrefixKVCache
 from mytune.generation.reading import CachedReader, StaticReader
-from mytune.generation.trees import plant, stack
+from mytune.generation.trees import build_trees, stack
 from tests.generation.conftest import sequences
 from tests.hf import twins
 
@@ -16,7 +16,7 @@ from tests.hf import twins
 @pytest.mark.parametrize("room", [1, 40, 1000])
 def test_trees_hold_every_sequence_and_each_shared_token_once(room):
     wanted = sequences()
-    trees = plant(wanted, room)
+    trees = build_trees(wanted, room)
     found = {
         key: ([t.tokens[i] for i in path], [t.positions[i] for i in path])
         for t in trees
@@ -30,11 +30,11 @@ def test_trees_hold_every_sequence_and_each_shared_token_once(room):
             tuple(wanted[key][: i + 1]) for key in tree.paths for i in range(len(wanted[key]))
         }
         assert len(prefixes) == len(tree)
-    assert sum(map(len, plant(wanted, 1000))) < sum(map(len, wanted)) / 2
+    assert sum(map(len, build_trees(wanted, 1000))) < sum(map(len, wanted)) / 2
 
 
 def test_the_mask_shows_each_token_its_ancestors():
-    trees = plant([[5, 6, 7], [5, 6, 8, 9], [5, 6, 8, 9, 4]], 100)
+    trees = build_trees([[5, 6, 7], [5, 6, 8, 9], [5, 6, 8, 9, 4]], 100)
     tokens, positions, mask = stack(trees)
     assert tokens.tolist() == [[5, 6, 7, 8, 9, 4]]
     assert positions.tolist() == [[0, 1, 2, 2, 3, 4]]
@@ -43,7 +43,7 @@ def test_the_mask_shows_each_token_its_ancestors():
 
 
 def test_what_does_not_branch_needs_no_mask():
-    assert stack(plant([[5, 6, 7], [8, 9]], 100))[2] is None
+    assert stack(build_trees([[5, 6, 7], [8, 9]], 100))[2] is None
 
 
 def test_prompts_that_begin_alike_are_continued_as_if_read_alone():
@@ -68,7 +68,7 @@ def test_keys_of_a_long_common_beginning_are_kept_once(ends, samples):
     common = [1 + i % 150 for i in range(300)]
     prompts = [common + end for end in ends]
     several = Decoding(model, prompts, max_new_tokens=9, logprobs=True, num_samples=samples)
-    assert isinstance(several._reader.cache, BranchedKVCache)
+    assert isinstance(several._reader.cache, SharedPrefixKVCache)
     for _ in several:
         pass
     repeated = [prompt for prompt in prompts for _ in range(samples)]
@@ -88,7 +88,7 @@ def test_a_static_step_goes_on_where_trees_end():
     found = []
     for kind in (StaticReader, CachedReader):
         reader = kind(model, KVCache(model.config, **settings), pads)
-        reader.read_trees(plant(rows, 100))
+        reader.read_trees(build_trees(rows, 100))
         for token in (60, 61):
             logits = reader.read(torch.full((3, 1), token))
         found.append(logits)

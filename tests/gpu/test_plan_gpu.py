@@ -63,7 +63,8 @@ def measured(build, planned, compile):
         model = build()
     set_meta_dtype(model, planned.dtype)
     checkpoint_activations(model, planned.recompute, planned.keep_products)
-    compile_blocks(model, compile)
+    if compile:
+        compile_blocks(model)
     model.to_empty(device="cuda").train()
     with torch.no_grad():
         for parameter in model.parameters():

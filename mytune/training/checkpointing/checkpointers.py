@@ -44,7 +44,7 @@ from mytune.training.checkpointing.resume import (
 from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
 from mytune.training.checkpointing.weights_io import Plan, plan_weights, write_weights
 from mytune.training.disk import check_disk_space, format_size
-from mytune.training.distributed import from_rank_0, patient_barrier, rank
+from mytune.training.distributed import barrier_without_timeout, from_rank_0, rank
 
 log = logging.getLogger("mytune")
 
@@ -192,7 +192,7 @@ class _Checkpointer:
         found = latest(self.output_dir, wanted) if rank() == 0 else None
         if found and (origin := wanted or found.manifest.get("recipe_checkpoint")):
             self._branch = Branch(origin, found.step)
-        patient_barrier()
+        barrier_without_timeout()
         return from_rank_0(found)
 
     def set_aside_newer(self) -> None:
@@ -287,7 +287,7 @@ class _Checkpointer:
         self._pending = self._background.submit(write)
         if not background:
             self.finish()
-            patient_barrier()
+            barrier_without_timeout()
         return target
 
     def finish(self) -> None:

@@ -16,7 +16,7 @@ from mytune.modules.decoder import Decoder, DecoderConfig
 from mytune.quantization.tensors import (
     flatten,
     keys_of,
-    misplaced,
+    packed_for_another_device,
     rebuild,
 )
 from mytune.training.checkpointing.companions import companions
@@ -61,7 +61,7 @@ def read_quantized(
     weights, problems = {}, []
     for name, said in _metadata(opened):
         try:
-            if (packed_for := misplaced(said, device)) is not None:
+            if (packed_for := packed_for_another_device(said, device)) is not None:
                 raise ResourceError(
                     f"{where} was quantized for {packed_for} and cannot be read on {device}: "
                     "quantize again here, or with another quantizer"

@@ -50,12 +50,11 @@ def _apply(cfg: T, levers: Iterable[Lever]) -> tuple[str, T]:
 
 
 def _recompute(cfg: Any) -> Change | None:
-    mode = getattr(cfg, "ac_mode", None)
-    if mode in ("full", "auto") or (mode is None and cfg.enable_activation_checkpointing):
+    mode, key = getattr(cfg, "ac_mode", None), "enable_activation_checkpointing"
+    if mode in ("full", "auto") or (mode is None and getattr(cfg, key, True)):
         return None
     if mode:
         return Change("ac_mode=full ~ac_option", {"ac_mode": "full", "ac_option": None})
-    key = "enable_activation_checkpointing"
     return Change(f"{key}=True", {key: True})
 
 
