@@ -86,9 +86,7 @@ class _Spread(Cache):
         tree, place, row, slot = self._copies
         self._cache.keys[layer][row, :, slot] = k[tree, :, place]
         self._cache.values[layer][row, :, slot] = v[tree, :, place]
-        if isinstance(
-            self._cache, SharedPrefixKVCache
-        ):  # a tree begins with the first of its paths
+        if isinstance(self._cache, SharedPrefixKVCache):  # a tree begins with its first path
             first = self._cache.first
             self._cache.common.update(layer, k[:1, :, :first], v[:1, :, :first])
         return k, v
