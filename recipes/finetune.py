@@ -547,7 +547,7 @@ def check(cfg: Config) -> None:
     check_limit("eval_limit", cfg.eval_limit)
     if cfg.eval_tasks:
         check_may_run(cfg.eval_tasks, cfg.eval_include_path)
-    if cfg.device_memory is not None and not cfg.device_memory > 0:
+    if cfg.device_memory is not None and not 0 < cfg.device_memory < 2**30:
         raise ConfigError(f"device_memory is {cfg.device_memory}; it must be above 0 GiB, or null")
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
         raise ConfigError(f"clip_grad_norm is {cfg.clip_grad_norm}; it must be above 0, or null")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mytune.cli.registry import ROOT
 from mytune.errors import (
+    ConfigError,
     ResourceError,
     StoppedEarly,
     TuneError,
@@ -118,8 +119,8 @@ def _explain(error: Exception) -> tuple[int, str]:
     return told.exit_code, printable(redact(f"{kind}: {told}"))
 
 
-def _environment(error: Exception) -> ResourceError | None:
-    """Return what the machine lacks, if that is why `error` was raised."""
+def _environment(error: Exception) -> TuneError | None:
+    """Return what the machine lacks, or cannot do, if that is why `error` was raised."""
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
         where = error.filename2 or error.filename
         return ResourceError(_ENVIRONMENT[error.errno] + (f": {where}" if where else ""))
@@ -127,6 +128,8 @@ def _environment(error: Exception) -> ResourceError | None:
         return ResourceError(f"the package {error.name!r} is not installed: pip install it")
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's word
         return ResourceError("a path begins with ~, and that user has no home directory")
+    if isinstance(error, ValueError) and str(error) == "embedded null byte":
+        return ConfigError("a path has a null character in it, which no file can have")
     if is_out_of_memory(error):
         why = first_line(error).rpartition("DefaultCPUAllocator: ")[2]
         return ResourceError(f"out of memory: {why}; a smaller batch_size needs less")

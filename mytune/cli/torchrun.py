@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 from mytune.cli.report import DEBUG, say
 from mytune.cli.worker import FOLDER, STOP, first_failure, running, silent_ranks
-from mytune.errors import ConfigError, TuneError
+from mytune.errors import ConfigError, TuneError, check_at_least
 
 _WHY: dict[int, str] = {
     signal.SIGKILL: "; the system kills what uses too much memory",
@@ -81,8 +82,6 @@ def as_one_of(options: Sequence[str]) -> Iterator[None]:
     args = _parse(options)
     per_node = _processes(args.nproc_per_node)
     nodes = args.nnodes.partition(":")[0]
-    if not nodes.isdecimal() or not int(nodes):
-        raise ConfigError(f"--nnodes is {args.nnodes}; it can be a number or MIN:MAX")
     with _environment(WORLD_SIZE=str(per_node * int(nodes))):
         yield
 
@@ -116,7 +115,10 @@ def _parse(options: Sequence[str], what: Sequence[str] = ("none",)) -> argparse.
 
     launcher = run.get_args_parser()
     launcher.error = _usage_error  # type: ignore[method-assign]
-    return launcher.parse_args([*_defaults(options), *options, *what])
+    args = launcher.parse_args([*_defaults(options), *options, *what])
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", args.nnodes):
+        raise ConfigError(f"--nnodes is {args.nnodes}; it can be a number or MIN:MAX")
+    return args
 
 
 def _processes(per_node: str) -> int:
@@ -124,9 +126,11 @@ def _processes(per_node: str) -> int:
     from torch.distributed import run
 
     try:
-        return int(run.determine_local_world_size(per_node))
+        processes = int(run.determine_local_world_size(per_node))
     except ValueError as error:
         raise ConfigError(f"--nproc-per-node {per_node}: {error}") from None
+    check_at_least(1, {"--nproc-per-node": processes})
+    return processes
 
 
 def _share_cores(processes: int) -> None:

@@ -83,14 +83,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple and ... not in options:
         same = isinstance(value, list) and len(value) == len(options)
         return same and all(map(_fits, value, options))
+    inner = options[-1 if origin in (dict, abc.Mapping) else 0] if options else Any
     if origin in (list, tuple, abc.Sequence):
-        return isinstance(value, list) and all(_fits(each, options[0]) for each in value)
+        return isinstance(value, list) and all(_fits(each, inner) for each in value)
     if origin in (dict, abc.Mapping):
-        return isinstance(value, dict) and all(_fits(each, options[1]) for each in value.values())
+        return isinstance(value, dict) and all(_fits(each, inner) for each in value.values())
     if origin is abc.Callable:
         return False  # a component makes one
+    if hint in (int, float) and type(value) is int:
+        return abs(value) < 2**63  # what torch can count to
     if hint is float:
-        return type(value) in (int, float)
+        return type(value) is float
     if hint in (str, int, bool, list, dict, type(None)):
         return type(value) is hint
     if getattr(hint, "__name__", "") == "Tensor":

@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mytune.errors import ConfigError
+from mytune.errors import ConfigError, DataError
 from mytune.evaluation.batches import check_batch_size
 from mytune.evaluation.chat_template import ChatTemplate
 from mytune.evaluation.continuing import Prompt, continue_prompts
@@ -114,6 +114,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
         Here only to say that no bar is shown while texts are tokenized.
         """
+        _check_texts(requests)
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
         return scores
 
@@ -138,6 +139,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
         """Return each text's log-likelihood, read in windows as long as the model takes them."""
+        _check_texts(requests)
         owners: list[int] = []
         windows: list[Request] = []
         for owner, instance in enumerate(requests):
@@ -175,6 +177,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return each context's continuation, up to the first of its stop strings."""
+        _check_texts(requests)
         asked = (instance.args for instance in requests)
         prompts = [Prompt(self.tok_encode(text), *read_generation(said)) for text, said in asked]
         rooms = [self.max_length - prompt.max_new_tokens for prompt in prompts]
@@ -196,6 +199,17 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         )
 
 
+def _check_texts(requests: Sequence[Instance]) -> None:
+    """Raise DataError for a request for what is no text: a task's document gave it."""
+    for each in requests:
+        for part in each.args:
+            if not isinstance(part, str | dict):
+                raise DataError(
+                    f"task {each.task_name}: the model is asked for {part!r}, which is no text; "
+                    "does the task's output_type fit its doc_to_text and doc_to_target?"
+                )
+
+
 def _encode(tokenizer: ModelTokenizer, special: re.Pattern[str], string: str) -> list[int]:
     ids: list[int] = []
     for piece in special.split(string):
@@ -212,7 +226,10 @@ def read_generation(settings: Mapping[str, Any]) -> tuple[int, list[str], Sampli
     Raises:
         ConfigError: it asks for what there is not.
     """
-    said = normalize_gen_kwargs(dict(settings), _DEFAULT_NEW_TOKENS)
+    try:
+        said = normalize_gen_kwargs(dict(settings), _DEFAULT_NEW_TOKENS)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"generation_kwargs: {error}") from error
     sampling = {name: said.pop(name) for name in _SAMPLING if said.get(name) is not None}
     most, until, sampled = (said.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
     if said.get("num_beams") == 1:
@@ -222,6 +239,10 @@ def read_generation(settings: Mapping[str, Any]) -> tuple[int, list[str], Sampli
             f"generation_kwargs: {', '.join(said)} is not supported; a task can use "
             f"do_sample, until, max_gen_toks, {', '.join(_SAMPLING)}"
         )
+    wrong = [name for name, value in sampling.items() if type(value) not in (int, float)]
+    wrong += ["until"] if not all(isinstance(stop, str) for stop in until) else []
+    if wrong:
+        raise ConfigError(f"generation_kwargs: {wrong[0]} is {settings[wrong[0]]!r}")
     if sampled:
         sampling = {"temperature": 1.0, **sampling}
     else:  # the one that greedy decoding knows, too

@@ -91,7 +91,7 @@ def _read(path: Path) -> tuple[Path, str, dict[str, str]]:
     """Return the file of a template, the template, and the special tokens that it may name."""
     files = [path / "chat_template.jinja", path / _CONFIG] if path.is_dir() else [path]
     path = next((inside(file.parent, file.name) for file in files if file.is_file()), path)
-    config = path.with_name(_CONFIG)
+    config = (path if path.is_dir() else path.parent) / _CONFIG
     known = read_json(config) if config.is_file() else {}
     template = known.get("chat_template")
     if path != config:

@@ -19,6 +19,7 @@ from mytune.errors import (
     ResourceError,
     UnreachableError,
     did_you_mean,
+    first_line,
     is_network,
 )
 
@@ -142,7 +143,7 @@ def _problems(task: Any, positions: int, ranks: int) -> Iterator[str]:
 def fault_of_task(error: Exception) -> DataError | None:
     """Return what to tell if the harness could not make a request, or a score, of a document.
 
-    It is known by the frames that the error came through: a task's method, and none of ours.
+    It is known by the frames that the error came through: none is of the model's.
     """
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
@@ -154,9 +155,11 @@ def fault_of_task(error: Exception) -> DataError | None:
             return None
         if isinstance(found.get("self"), Task):
             task, doc = found["self"], found.get("doc", doc)
-    if task is None:
-        return None
     why = f"{type(error).__name__} ({_reason(error)})"
+    if task is None:
+        return DataError(
+            f"lm_eval cannot score these tasks: {why}; does each metric fit its output_type?"
+        )
     name = task.get_config("task")
     return DataError(f"task {name}: lm_eval can make nothing of {_shown(doc)}: {why}")
 
@@ -183,11 +186,15 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
         if set(names) <= {*own.all_subtasks, *own.all_tags}:  # a group may hold others than these
             return own
     manager = TaskManager(include_path=folder)
+    try:
+        known = manager.all_tasks
+    except TypeError:  # it sorts them
+        raise ConfigError(f"include_path: a task in {folder} has a name that is no text") from None
     files = {name for name in names if name.endswith(".yaml") and Path(name).is_file()}
-    if unknown := [n for n in names if n not in manager.all_tasks and n not in files]:
+    if unknown := [n for n in names if n not in known and n not in files]:
         if folder and (damaged := _not_yaml(Path(folder))):
             raise ConfigError(f"include_path: {'; '.join(damaged)}")
-        problems = [f"{name}{did_you_mean(name, manager.all_tasks, most=3)}" for name in unknown]
+        problems = [f"{name}{did_you_mean(name, known, most=3)}" for name in unknown]
         where = "" if folder else "; include_path names a folder with tasks of your own"
         raise ConfigError(f"tasks: lm_eval has no {'; no '.join(problems)}{where}")
     return manager
@@ -199,10 +206,11 @@ def _not_yaml(folder: Path) -> list[str]:
     for file in sorted(folder.rglob("*.yaml")):
         try:
             yaml.compose(file.read_text(encoding="utf-8"))
-        except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{file}:{mark.line + 1}" if mark else str(file)
-            found.append(f"{where}: not valid YAML: {getattr(error, 'problem', error)}")
+            problem = getattr(error, "problem", None) or first_line(error)
+            found.append(f"{where}: not valid YAML: {problem}")
     return found
 
 

@@ -80,7 +80,10 @@ def read_special_tokens(path: str | Path) -> dict[str, int]:
     """Return name -> id of the special tokens that a `tokenizer.json` adds."""
     try:
         added = json.loads(_read(Path(path).expanduser()))["added_tokens"]
-        return {token["content"]: int(token["id"]) for token in added if token.get("special", True)}
+        special = [token for token in added if token.get("special", True)]
+        if not all(isinstance(token["content"], str) for token in special):
+            raise TypeError("a token's content is no text")
+        return {token["content"]: int(token["id"]) for token in special}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a tokenizer.json with 'added_tokens' ({error!r}); "

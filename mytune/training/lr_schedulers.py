@@ -30,7 +30,7 @@ def get_cosine_schedule_with_warmup(
     Step 0 has lr 0 and the peak is at step `num_warmup_steps`. To resume after n steps give the
     optimizer with its full lr and `last_epoch=n - 1`.
     """
-    if num_cycles <= 0:
+    if not 0 < num_cycles < 1e9:
         raise ConfigError(f"num_cycles is {num_cycles}; it must be above 0 (0.5 falls to 0 once)")
 
     def after_warmup(progress: float) -> float:

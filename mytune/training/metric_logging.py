@@ -157,7 +157,7 @@ def _no_link(path: str, flags: int) -> int:
 
 def _step(line: bytes) -> float:
     """Return a line's step; a line cut short by a kill counts as after all steps."""
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return int(json.loads(line)["step"])
     return math.inf
 

@@ -92,13 +92,13 @@ def _peaks(rows: Sequence[Row]) -> dict[str, float]:
     peaks: dict[str, float] = {}
     for row in rows:
         for name, value in row.items():
-            if name.startswith(("peak_memory_", "memory_")) and value is not None:
+            if name.startswith(("peak_memory_", "memory_")) and isinstance(value, int | float):
                 peaks[name] = max(peaks.get(name, 0.0), value)
     return peaks
 
 
 def _points(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
 
 
 def draw_loss_curve(rows: Sequence[Row], title: str = "") -> bytes | None:

@@ -53,6 +53,7 @@ def test_a_right_config_has_no_problems(recipe: None, load: Load) -> None:
         ),
         ("optimizer.lr=fast", "optimizer.lr", "'fast' is not a number"),
         ("optimizer.betas=[0.9,x]", "optimizer.betas", "[0.9, 'x'] is not list[float, float]"),
+        ("model.size=10000000000000000000", "model.size", "is not a whole number"),
         ("optimizer.betas=[0.9]", "optimizer.betas", "[0.9] is not list[float, float]"),
         (
             "optimizer={_component_: torchao.optim.AdamW8bit, lr: fast}",

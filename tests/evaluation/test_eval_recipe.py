@@ -427,6 +427,26 @@ OWN = {
         3,
         r'task choices: lm_eval can make nothing of {"question": .*second user.*: TypeError \(',
     ),
+    "number": (
+        {
+            "output_type": "loglikelihood",
+            "doc_to_target": "label",
+            "metric_list": [{"metric": "acc"}],
+        },
+        3,
+        "task number: the model is asked for [0-9]+, which is no text",
+    ),
+    "unfit": (
+        {
+            "output_type": "generate_until",
+            "doc_to_choice": None,
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}],
+            "generation_kwargs": {"max_gen_toks": 2},
+        },
+        3,
+        "lm_eval cannot score these tasks: TypeError .*does each metric fit its output_type",
+    ),
     "split": ({"test_split": "tst"}, 3, "task split: cannot be loaded: there is no 'tst'"),
     "empty": ({"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}}, 3, "there are no rows"),
 }

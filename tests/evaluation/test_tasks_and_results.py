@@ -66,6 +66,20 @@ def test_generation_is_what_the_harness_makes_of_it(asked, most, sampling):
     assert read_generation(asked) == (most, [], sampling)
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"until": [5]}, r"until is \[5\]"),
+        ({"max_gen_toks": "x"}, "invalid literal"),
+        ({"top_k": "x"}, "top_k is 'x'"),
+        ({"beams": 2}, "beams is not supported"),
+    ],
+)
+def test_generation_that_cannot_be_is_told(asked, message):
+    with pytest.raises(ConfigError, match=message):
+        read_generation(asked)
+
+
 def test_a_group_of_ones_own_may_hold_the_harnesss_tasks(tmp_path):
     group = {"group": "mine", "task": ["truthfulqa_mc2"]}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(group))

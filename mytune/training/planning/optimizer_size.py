@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mytune.config import Component, instantiate
+from mytune.errors import ConfigError, first_line
 
 _ROWS, _COLUMNS = 64, 1024  # larger than what 8-bit optimizers keep in 32 bits
 
@@ -55,7 +56,11 @@ def _measure(optimizer: Component, dtype: torch.dtype) -> tuple[float, dict[str,
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")
         built = instantiate(optimizer, samples)
-        built.step()
+        try:
+            built.step()
+        except (AssertionError, RuntimeError, ArithmeticError) as error:
+            name = optimizer["_component_"]
+            raise ConfigError(f"optimizer: {name} cannot step: {first_line(error)}") from error
     small, large = (
         sum(_nbytes(value) for value in built.state[sample].values() if isinstance(value, Tensor))
         for sample in samples
