@@ -305,7 +305,9 @@ def main(cfg: Config) -> None:
         tokenizer = instantiate(cfg.tokenizer)
         loader = make_loader(cfg, instantiate(cfg.dataset, tokenizer), tokenizer, seed)
         val_loader = make_val_loader(cfg, instantiate(cfg.dataset_val, tokenizer), tokenizer)
-        tasks = load_tasks(cfg.eval_tasks, cfg.eval_include_path) if cfg.eval_tasks else None
+        tasks = None
+        if cfg.eval_tasks:
+            tasks = load_tasks(cfg.eval_tasks, cfg.eval_include_path, prefix="eval_")
         chat = read_chat_template(cfg.eval_chat_template)
         run = run_identity(cfg, loader, tokenizer, seed, dtype)
         check_same_run(resumed, run)

@@ -252,7 +252,9 @@ def tokenize_row(row: Any, tokenizer: ModelTokenizer) -> list[int]:
             return tokenizer.tokenize_messages(messages, add_generation_prompt=True)[0]
         case {"prompt": prompt}:
             return tokenize_prompt(prompt, tokenizer)
-        case {"user": str(user)}:
+        case {"user": user}:
+            if not isinstance(user, str) or not user:
+                raise DataError(f"user is {user!r}, not a text")
             return tokenize_prompt({"user": user, "system": row.get("system")}, tokenizer)
     found = f"; this one has {', '.join(row) or 'nothing'}" if isinstance(row, dict) else ""
     raise DataError(

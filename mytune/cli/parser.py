@@ -27,6 +27,14 @@ class Parser(argparse.ArgumentParser):
             help="let the config name components of the package NAME; repeatable",
         )
 
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """Refuse an empty value of an option: a variable of the shell was not set."""
+        found, others = super().parse_known_args(*args, **options)
+        for action in self._actions:
+            if action.option_strings and getattr(found, action.dest, None) == "":
+                self.error(f"argument {action.option_strings[-1]}: its value is empty")
+        return found, others
+
     def near(self, option: str) -> str:
         """Return `"; did you mean '--x'?"`, or nothing."""
         names = [name for name in self._option_string_actions if name not in ("-h", "--help")]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from glob import escape, glob
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mytune.config.components import refusal
+from mytune.config.components import PACKAGES, refusal
 from mytune.config.redact import redact
 from mytune.config.signatures import annotation, fits, read_parameters
 from mytune.config.typed import in_words
@@ -28,6 +29,20 @@ _SOURCES = {"adapter_checkpoint": "a LoRA run writes its adapters to output_dir/
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _READERS = ("json", "csv", "parquet", "text")  # a dataset's `source` whose `data_files` are local
 
+# What a recipe's own keys can be, of packages that we know; a copy's other keys are its own.
+_KINDS = {
+    "model": ("mytune.models.*[!r]",),  # no tokenizer
+    "tokenizer": ("mytune.*okenizer",),
+    "checkpointer": ("mytune.training.*Checkpointer",),
+    "dataset": ("mytune.datasets.*_dataset",),
+    "dataset_val": ("mytune.datasets.*_dataset",),
+    "lr_scheduler": ("mytune.training.*_with_warmup", "torch.optim.lr_scheduler.*"),
+    "loss": ("mytune.modules.*Loss", "torch.nn.*"),
+    "metric_logger": ("mytune.training.*Logger",),
+    "profiler": ("mytune.training.*profiler",),
+    "quantizer": ("mytune.quantization.*Quantizer", "torchao.*"),
+}
+
 Finding = tuple[str, str]  # an argument's name, what is wrong with it
 
 
@@ -44,6 +59,14 @@ def check_components(loaded: LoadedConfig, *, files: bool = True) -> list[str]:
         by_recipe: list[str] | None = []
         if is_outer:
             by_recipe = None if supplied is None else supplied.get(path[0], [])
+            kinds = _KINDS.get(path[0], ("*",))
+            if node[KEY].split(".")[0] in PACKAGES and not any(
+                fnmatchcase(node[KEY], kind) for kind in kinds
+            ):
+                known = " or ".join(kinds).replace("[!r]", "")
+                text = f"{node[KEY]} is no {path[0]}; that is {known}, or yours"
+                problems.append(f"{tree.where((*path, KEY))}: {dotted((*path, KEY))}: {text}")
+                continue
         for argument, text in _check(node, by_recipe, files):
             key = (*path, argument)
             if key not in tree.broken:
@@ -59,6 +82,9 @@ def _check(node: Component, by_recipe: list[str] | None, files: bool) -> Iterato
         return
     if parameters is not None:
         yield from _check_arguments(node, parameters, by_recipe)
+    template = node.get("prompt_template")
+    if isinstance(template, str) and (why := refusal(template)):
+        yield "prompt_template", why
     if files and node[KEY].startswith("mytune."):
         yield from _check_files(node)
 
@@ -128,6 +154,8 @@ def _check_files(node: Component) -> Iterator[Finding]:
         places += [place.parent / "original" / place.name for place in places if key == "path"]
         if not any(place.exists() for place in places):
             yield key, f"{value!r} does not exist{_repair(key, places[0])}"
+        elif key == "checkpoint_dir" and places[0].is_file():
+            yield key, f"{value!r} is a file; name the folder that it is in"
     keys = ["source", "data_files"] if node.get("source") in _READERS else ["source"]
     for key in keys:
         value = node.get(key)

@@ -53,7 +53,7 @@ _OTHERS = {
     ),
     "bitsandbytes.optim": (_OPTIMIZER,),
 }
-_PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
+PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
 _INSTALL = {"torchao": "pip install 'torchao>=0.18'"}
 
 _FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
@@ -84,7 +84,7 @@ def refusal(name: str) -> str | None:
         places = ", ".join(each.removesuffix(".") for each in _OUR_PACKAGES)
         return f"unknown component {name!r}; components are in {places}"
     return (
-        f"{name!r} is not allowed{did_you_mean(parts[0], _PACKAGES - {parts[0]})}; components come "
+        f"{name!r} is not allowed{did_you_mean(parts[0], PACKAGES - {parts[0]})}; components come "
         f"from mytune, {', '.join(_OTHERS)} or a Python file below the current directory; "
         f"--allow-component {parts[0]} lets this one in"
     )
@@ -130,7 +130,7 @@ def local_file(name: str) -> tuple[Path, str] | None:
     """Return the file below the current directory that `name` points into, and its module."""
     parts = name.split(".")
     here = Path.cwd().resolve()
-    for end in range(len(parts) - 1, 0, -1) if parts[0] not in _PACKAGES else ():
+    for end in range(len(parts) - 1, 0, -1) if parts[0] not in PACKAGES else ():
         stem = here.joinpath(*parts[:end])
         for file in (stem.with_suffix(".py"), stem / "__init__.py"):
             if file.is_file() and file.resolve().is_relative_to(here):
@@ -262,7 +262,10 @@ def instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
     target = find_component(name)
     arguments = {key: _build(value) for key, value in node.items() if key != KEY} | kwargs
     try:
-        inspect.signature(target).bind(*args, **arguments)
+        signature = inspect.signature(target)
+        signature.bind(*args, **arguments)
+        for key in arguments.keys() & signature.parameters.keys():
+            arguments[key] = _as_floats(arguments[key], signature.parameters[key].default)
     except TypeError as error:
         raise ConfigError(f"{name}: {error}") from None
     except ValueError:
@@ -275,6 +278,13 @@ def instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
             raise
         given = ", ".join(f"{key}={value!r}" for key, value in node.items() if key != KEY)
         raise ConfigError(f"{name}({given}): {error}") from error
+
+
+def _as_floats(value: Any, default: Any) -> Any:
+    """Return a list of numbers as floats where these are by default: AdamW wants them so."""
+    wanted = isinstance(default, tuple) and all(type(each) is float for each in default)
+    numbers = isinstance(value, list) and all(type(each) in (int, float) for each in value)
+    return [float(each) for each in value] if wanted and numbers else value
 
 
 def _build(value: Any) -> Any:

@@ -76,7 +76,8 @@ def _parse(text: str, schema: Schema) -> Override:
     field = schema.names.get(name)
     if not raw:
         null = f" {name}=null for none," if field is None or field.optional else ""
-        raise ValueError(f"no value; write{null} {name}='\"\"' for an empty text")
+        empty = f" {name}='\"\"' for an empty text" if field is None or "str" in field.type else ""
+        raise ValueError(f"no value; write{null}{empty}" if null or empty else "no value")
     return Override(text, path, _read(raw, field))
 
 

@@ -58,6 +58,7 @@ def annotation(parameter: Parameter) -> str:
     text = re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", text)  # of what module a name is
     text = re.sub(r"\b(Sequence|tuple)\[", "list[", text).replace("Mapping[", "dict[")
     text = re.sub(r" \| (Path|Tensor)\b", "", text)
+    text = re.sub(r"Literal\[(.*?)\]", r"one of \1", text)
     return re.sub(r"Callable\[.*\](?= \||$)", f"a component ({KEY}: ...)", text)
 
 

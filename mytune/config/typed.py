@@ -41,6 +41,9 @@ def make_typed(tree: Tree) -> DictConfig:
     for field in tree.schema.fields:
         if tree.sound(field.name):
             value = tree.values[field.name]
+            if field.kind == "bool" and type(value) is int and value not in (0, 1):
+                tree.problem((field.name,), f"{value} is not {_expected(field, value)}")
+                continue
             try:
                 OmegaConf.update(config, field.name, value, merge=False)
             except OmegaConfBaseException:

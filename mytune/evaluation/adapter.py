@@ -14,12 +14,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mytune.errors import ConfigError, DataError
+from mytune.errors import ConfigError, DataError, check_at_least
 from mytune.evaluation.batches import check_batch_size
 from mytune.evaluation.chat_template import ChatTemplate
 from mytune.evaluation.continuing import Prompt, continue_prompts
 from mytune.evaluation.scoring import Request, score
-from mytune.generation.sampling import Sampling
+from mytune.generation.sampling import Sampling, check_sampling
 from mytune.modules.decoder import Decoder
 from mytune.tokenizers.base import ModelTokenizer
 from mytune.tokenizers.messages import Message
@@ -247,4 +247,9 @@ def read_generation(settings: Mapping[str, Any]) -> tuple[int, list[str], Sampli
         sampling = {"temperature": 1.0, **sampling}
     else:  # the one that greedy decoding knows, too
         sampling = {k: v for k, v in sampling.items() if k == "repetition_penalty"}
+    try:
+        check_at_least(1, {"max_gen_toks": most})
+        check_sampling(**sampling)
+    except ConfigError as error:
+        raise ConfigError(f"generation_kwargs: {error}") from None
     return most, [stop for stop in until if stop], cast(Sampling, sampling)

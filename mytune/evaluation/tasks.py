@@ -56,6 +56,7 @@ def load_tasks(
     names: Sequence[str],
     include_path: str | Path | None = None,
     num_fewshot: int | None = None,
+    prefix: str = "",
 ) -> Tasks:
     """Load tasks, groups and tags of the harness, with their data.
 
@@ -64,6 +65,7 @@ def load_tasks(
         include_path: a folder of YAML files with tasks of one's own.
         num_fewshot: examples before each question, instead of the tasks' own numbers; a task that
             says 0 keeps it.
+        prefix: with what the config's keys `tasks` and `include_path` begin.
 
     Raises:
         ResourceError: the harness is not installed, or data cannot be downloaded.
@@ -73,10 +75,10 @@ def load_tasks(
     check_lm_eval()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of its own defaults
     if not names:
-        raise ConfigError("tasks is empty; name at least one, such as truthfulqa_mc2")
+        raise ConfigError(f"{prefix}tasks is empty; name at least one, such as truthfulqa_mc2")
     if include_path is not None and not os.path.isdir(os.path.expanduser(include_path)):
-        raise ConfigError(f"include_path: there is no directory {include_path}")
-    manager = _manager(names, include_path)
+        raise ConfigError(f"{prefix}include_path: there is no directory {include_path}")
+    manager = _manager(names, include_path, prefix)
     loaded: Tasks = {}
     for part in (_load(manager, name) for name in dict.fromkeys(names)):
         for kind, held in part.items():
@@ -176,7 +178,9 @@ def _reason(error: BaseException) -> str:
     return str(error).partition("\n")[0] or "it does not say why"
 
 
-def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
+def _manager(
+    names: Sequence[str], include_path: str | Path | None, prefix: str = ""
+) -> TaskManager:
     """Return the index of all tasks, or of the user's alone if that suffices: it takes no time."""
     from lm_eval.tasks import TaskManager
 
@@ -189,14 +193,16 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
     try:
         known = manager.all_tasks
     except TypeError:  # it sorts them
-        raise ConfigError(f"include_path: a task in {folder} has a name that is no text") from None
+        raise ConfigError(
+            f"{prefix}include_path: a task in {folder} has a name that is no text"
+        ) from None
     files = {name for name in names if name.endswith(".yaml") and Path(name).is_file()}
     if unknown := [n for n in names if n not in known and n not in files]:
         if folder and (damaged := _not_yaml(Path(folder))):
-            raise ConfigError(f"include_path: {'; '.join(damaged)}")
+            raise ConfigError(f"{prefix}include_path: {'; '.join(damaged)}")
         problems = [f"{name}{did_you_mean(name, known, most=3)}" for name in unknown]
-        where = "" if folder else "; include_path names a folder with tasks of your own"
-        raise ConfigError(f"tasks: lm_eval has no {'; no '.join(problems)}{where}")
+        where = "" if folder else f"; {prefix}include_path names a folder with tasks of your own"
+        raise ConfigError(f"{prefix}tasks: lm_eval has no {'; no '.join(problems)}{where}")
     return manager
 
 

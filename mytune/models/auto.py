@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mytune.errors import CheckpointError
+from mytune.errors import CheckpointError, first_line
 from mytune.models.builders import builders
 from mytune.models.llama3 import ffn_dim
 from mytune.modules.decoder import DecoderConfig, RopeScaling
@@ -39,7 +39,8 @@ def sizes_of_checkpoint(checkpoint_dir: str) -> DecoderConfig:
             TypeError,
             ValueError,
         ) as error:
-            raise CheckpointError(f"{file} does not describe a Llama model: {error!r}") from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise CheckpointError(f"{file} does not describe a Llama model: {why}") from error
         if wrong := _implausible(sizes):
             raise CheckpointError(f"{file} does not describe a Llama model: {', '.join(wrong)}")
         return sizes

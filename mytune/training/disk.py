@@ -12,17 +12,17 @@ from mytune.errors import ResourceError
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into an error that names the file or directory."""
+def writing(path: Path, key: str = "output_dir") -> Iterator[None]:
+    """Turn a failed write into an error that names the file or directory, and its key."""
     try:
         yield
     except (FileExistsError, NotADirectoryError) as error:
-        why = "it is a file, or lies below one; choose another output_dir"
-        raise ResourceError(f"output_dir: cannot write in {path}: {why}") from error
+        why = f"it is a file, or lies below one; choose another {key}"
+        raise ResourceError(f"{key}: cannot write in {path}: {why}") from error
     except OSError as error:
         raise ResourceError(
-            f"output_dir: cannot write in {path}: {error.strerror}; "
-            "free space, change permissions, or choose another output_dir"
+            f"{key}: cannot write in {path}: {error.strerror}; "
+            f"free space, change permissions, or choose another {key}"
         ) from error
 
 

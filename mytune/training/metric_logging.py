@@ -110,13 +110,16 @@ class DiskLogger(MetricLogger):
             )
         self.path = Path(log_dir).expanduser() / filename
         if rank() == 0:
-            with writing(self.path):
+            with writing(self.path, "metric_logger.log_dir"):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _write(self, values: dict[str, float], step: int) -> None:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         line = json.dumps({"step": step, **finite}) + "\n"
-        with writing(self.path), open(self.path, "a", encoding="utf-8", opener=_no_link) as file:
+        with (
+            writing(self.path, "metric_logger.log_dir"),
+            open(self.path, "a", encoding="utf-8", opener=_no_link) as file,
+        ):
             file.write(line)
 
     def _write_config(self, config: str) -> None:

@@ -40,9 +40,10 @@ def check_optimizer(component: Mapping[str, Any], device: torch.device) -> None:
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
+        usual = "torch.optim.AdamW"
+        other = "" if name == usual else f", or use another, such as {usual}"
         raise ConfigError(
-            f"optimizer: {name} does not work on {device}: {why}; use another, such as "
-            "torch.optim.AdamW"
+            f"optimizer: {name} does not work so on {device}: {why}; change its arguments{other}"
         ) from error
 
 

@@ -47,7 +47,7 @@ def output_dir_lock(path: str | Path, key: str = "output_dir") -> Iterator[Path]
         barrier()
         yield directory
         return
-    with writing(directory):
+    with writing(directory, key):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(lock, key)
     try:

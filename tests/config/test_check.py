@@ -51,6 +51,11 @@ def test_a_right_config_has_no_problems(recipe: None, load: Load) -> None:
             "model.inner.0.side",
             "'x' is not a number",
         ),
+        (
+            "model=mytune.training.StdoutLogger",
+            "model._component_",
+            "mytune.training.StdoutLogger is no model; that is mytune.models.*, or yours",
+        ),
         ("optimizer.lr=fast", "optimizer.lr", "'fast' is not a number"),
         ("optimizer.betas=[0.9,x]", "optimizer.betas", "[0.9, 'x'] is not list[float, float]"),
         ("model.size=10000000000000000000", "model.size", "is not a whole number"),
@@ -111,13 +116,14 @@ def test_missing_files_of_our_components_are_told(
     recipe: None, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     yaml = CONFIG.replace(
-        "my_parts.model\n  size: 3",
-        "mytune.models.llama3.llama3_tokenizer\n  path: no/tokenizer.model",
+        "size: 3",
+        "size: 3\n  inner:\n    _component_: mytune.models.llama3.llama3_tokenizer\n"
+        "    path: no/tokenizer.model",
     )
     loaded = load("~dataset.source", yaml=yaml)
     problems = check_components(loaded)
     assert len(problems) == 1
-    assert problems[0].startswith("c.yaml:4: model.path: 'no/tokenizer.model' does not exist")
+    assert problems[0].startswith("c.yaml:7: model.inner.path: 'no/tokenizer.model' does not exist")
     assert check_components(loaded, files=False) == []
     Path("no").mkdir()
     Path("no/tokeniser.model").touch()
@@ -191,8 +197,9 @@ def test_an_adapter_in_the_place_of_a_model_is_told_with_its_base(load: Load) ->
     for folder in ("base", "tuned"):
         Path(folder).mkdir()
     Path("tuned/adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
-    part = "mytune.models.llama3.llama3_tokenizer\n  path: tuned/tokenizer.model"
-    loaded = load("~dataset.source", yaml=CONFIG.replace("my_parts.model\n  size: 3", part))
+    part = "_component_: mytune.models.llama3.llama3_tokenizer\n    path: tuned/tokenizer.model"
+    yaml = CONFIG.replace("size: 3", f"size: 3\n  inner:\n    {part}")
+    loaded = load("~dataset.source", yaml=yaml)
     (problem,) = check_components(loaded)
     keys = "checkpointer.checkpoint_dir=base checkpointer.adapter_checkpoint=tuned"
     assert problem.endswith(f"; tuned is an adapter: {keys}")

@@ -46,7 +46,7 @@ def plain_lora(linear, x):
     if linear.lora_magnitude_vector is None:
         return y
     norm = (base_weight(linear).float() + linear.delta()).detach().norm(dim=1)
-    return y * (linear.lora_magnitude_vector / norm).to(y.dtype)
+    return (y * (linear.lora_magnitude_vector / norm)).to(y.dtype)
 
 
 @pytest.fixture

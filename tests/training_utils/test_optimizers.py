@@ -23,7 +23,7 @@ def test_an_optimizer_that_works_is_not_refused(name):
         ({"_component_": "torch.optim.LBFGS"}, "asks for a closure"),
         (
             {"_component_": "torch.optim.SparseAdam"},
-            "SparseAdam does not work on cpu: RuntimeError",
+            "SparseAdam does not work so on cpu: RuntimeError",
         ),
         ({"_component_": "torch.optim.AdamW", "lr": -1.0}, "Invalid learning rate"),
     ],

@@ -49,6 +49,8 @@ def find_files(
         raise CheckpointError(
             f"checkpoint_dir: there is no directory {directory}; `tune download` makes one"
         )
+    if listed == []:
+        raise ConfigError("checkpoint_files is empty; leave it out for all files of the directory")
     names = _discover(fmt, directory) if listed is None else _names(listed)
     if not names:
         raise CheckpointError(
