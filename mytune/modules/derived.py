@@ -28,6 +28,25 @@ class Derived(NamedTuple):
     sources: tuple[Tensor, ...] = ()
 
 
+class _Around:
+    """What is around the work that torch.compile traces: whether it lies in a checkpoint.
+
+    All of it is computed again then, and there must be neither checkpoints nor Functions in it:
+    torch.compile keeps what goes into a checkpoint inside another one, and what a Function takes
+    and returns.
+    """
+
+    checkpoint = False
+
+
+around = _Around()
+
+
+def is_recomputed() -> bool:
+    """Say whether what is compiled now lies in a checkpoint."""
+    return torch.compiler.is_compiling() and around.checkpoint
+
+
 class _Once:
     """A `make` for the backward pass that makes its value once, for all that need it.
 
@@ -77,7 +96,8 @@ def derive(make: Callable[..., Tensor], *sources: Tensor) -> Derived:
 
     `make` draws no random numbers.
     """
-    if not (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
+    needed = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+    if not needed or is_recomputed():
         return Derived(make(*sources))
     if torch.compiler.is_compiling():  # which sees through a Function and keeps what it likes
         value = checkpoint(make, *sources, use_reentrant=False, preserve_rng_state=False)
@@ -109,6 +129,8 @@ def normed(norm: nn.RMSNorm, x: Tensor) -> Derived:
 def dropped(x: Derived, rate: float) -> Derived:
     """Return `x` after dropout; a mask is kept beside the sources of `x`."""
     value, mask = torch.native_dropout(x.value, rate, True)
+    if is_recomputed():
+        return Derived(value)
     whole = x.make  # `x` itself would keep its value
 
     def make(mask: Tensor, *sources: Tensor) -> Tensor:

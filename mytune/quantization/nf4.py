@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from mytune._sharded import own_rows, sharded_as, whole
 from mytune._triton import HAS_TRITON
@@ -129,12 +128,6 @@ _constant_pairs: Callable[[torch.device], Tensor] = torch.compiler.assume_consta
 )
 
 
-def _product(
-    x: Tensor, codes: Tensor, scales: Tensor, steps: Tensor, shape: tuple[int, int]
-) -> Tensor:
-    return F.linear(x, dequantize_nf4(codes, scales, steps, shape, x.dtype))
-
-
 class _NF4Product(torch.autograd.Function):
     """x W^T, keeping the codes for the backward pass and not the weight they stand for."""
 
@@ -144,13 +137,49 @@ class _NF4Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(codes, scales, steps)
         ctx.shape = shape
-        return _product(x, codes, scales, steps, shape)
+        return F.linear(x, dequantize_nf4(codes, scales, steps, shape, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         codes, scales, steps = ctx.saved_tensors
         weight = dequantize_nf4(codes, scales, steps, ctx.shape, grad.dtype)
         return grad @ weight, None, None, None, None
+
+
+@torch.library.custom_op("mytune::nf4_product", mutates_args=())
+def nf4_product(x: Tensor, codes: Tensor, scales: Tensor, steps: Tensor, rows: int) -> Tensor:
+    """Return x W^T as `_NF4Product` does, for torch.compile.
+
+    That looks into a Function, merges the two dequantizations, and keeps what they made.
+    """
+    return F.linear(x, dequantize_nf4(codes, scales, steps, (rows, x.shape[-1]), x.dtype))
+
+
+@torch.library.custom_op("mytune::nf4_product_backward", mutates_args=())
+def nf4_product_backward(
+    grad: Tensor, codes: Tensor, scales: Tensor, steps: Tensor, columns: int
+) -> Tensor:
+    """Return grad W."""
+    return grad @ dequantize_nf4(codes, scales, steps, (grad.shape[-1], columns), grad.dtype)
+
+
+@nf4_product.register_fake
+@nf4_product_backward.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, steps: Tensor, width: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], width))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *packed, _ = inputs
+    ctx.save_for_backward(*packed)
+    ctx.columns = x.shape[-1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return nf4_product_backward(grad, *ctx.saved_tensors, ctx.columns), None, None, None, None
+
+
+nf4_product.register_autograd(_backward, setup_context=_keep)
 
 
 class NF4Linear(nn.Module):
@@ -246,11 +275,10 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor
-        packed = self.codes, self.scales, self.steps, self._shape
-        if torch.compiler.is_compiling():  # which would merge the two dequantizations of a Function
-            y = checkpoint(_product, x, *packed, use_reentrant=False, preserve_rng_state=False)
+        if torch.compiler.is_compiling():
+            y = nf4_product(x, self.codes, self.scales, self.steps, self.out_features)
         else:
-            y = _NF4Product.apply(x, *packed)  # type: ignore[no-untyped-call]
+            y = _NF4Product.apply(x, self.codes, self.scales, self.steps, self._shape)  # type: ignore[no-untyped-call]
         return y
 
     def extra_repr(self) -> str:

@@ -22,11 +22,14 @@ from torch.utils.checkpoint import (
 from mytune._sharded import local
 from mytune.errors import ConfigError, did_you_mean
 from mytune.modules.decoder import Decoder
+from mytune.modules.derived import around
+from mytune.quantization.nf4 import nf4_product
 
 _MODES = ("full", "selective", "auto")
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default}
+_NF4_PRODUCT = nf4_product._opoverload  # what torch.compile makes of a 4-bit linear
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -93,7 +96,11 @@ def _recomputed(forward: Callable[..., Tensor], keep_products: bool) -> Callable
     def run(*args: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(*args)  # it would keep the state of random numbers
-        result: Tensor = checkpoint(forward, *args, use_reentrant=False, **options)
+        around.checkpoint = True
+        try:
+            result: Tensor = checkpoint(forward, *args, use_reentrant=False, **options)
+        finally:
+            around.checkpoint = False
         return result
 
     return run
@@ -110,7 +117,7 @@ def _keeping_products() -> Any:
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         keep = operation in _ATTENTION
-        if operation in _PRODUCTS and _is_large(*args[-1].shape):
+        if operation is _NF4_PRODUCT or (operation in _PRODUCTS and _is_large(*args[-1].shape)):
             seen[context.is_recompute] += 1
             keep = seen[context.is_recompute] % 2 == 0
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

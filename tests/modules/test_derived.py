@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from mytune.modules.decoder import Block, DecoderConfig, rope_angles
 from mytune.modules.derived import Derived
 from mytune.modules.lora import LoRAConfig, adapter_state, apply_lora, base_weight
 from mytune.quantization import apply_nf4
-from mytune.training import offload_activations
+from mytune.training import checkpoint_activations, offload_activations
 
 SIZES = DecoderConfig(
     vocab_size=8,
@@ -226,6 +228,32 @@ def test_compiled_blocks_agree_and_keep_as_little(case):
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=bound)
     low_rank = 0 if case == "full" else 4 * len(ALL)
     assert kept_bytes(block, 10) <= 10 * 4 * (NUMBERS + low_rank + 2 * SUMS)  # float32, strided
+
+
+@pytest.mark.parametrize("case", ["full", "lora", "lora with dropout", "qlora"])
+def test_compiled_and_recomputed_a_block_keeps_its_input_alone(case):
+    torch._dynamo.reset()
+    block = build(**CASES[case])
+    expected = results(block)
+    checkpoint_activations(SimpleNamespace(layers=[block]))
+    block.compile(fullgraph=True, backend="aot_eager")
+    found = results(block)
+    for name, tensor in found.items():
+        bound = 1e-5 * expected[name].abs().max().item()
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=bound)
+    assert kept_per_token(block) == 4 * SIZES.embed_dim
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_compiled_a_4_bit_block_keeps_no_more_than_any_other(products):
+    kept = []
+    for case in ("lora", "qlora"):
+        torch._dynamo.reset()
+        block = build(**CASES[case])
+        checkpoint_activations(SimpleNamespace(layers=[block]), products, keep_products=True)
+        block.compile(fullgraph=True, backend="aot_eager")
+        kept.append(kept_per_token(block))
+    assert kept[1] == kept[0]
 
 
 def test_a_head_with_adapters_takes_plain_tensors():
