@@ -20,6 +20,7 @@ from tests.gpu.flops import wait
 SHAPES = [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336)]  # q, k, v; o; gate, up; down
 BLOCKS = 5
 SIZES = [(2, 2048, 4), (2, 1024, 4), (4, 1024, 4), (4, 1024, 8), (8, 512, 4), (4, 512, 2)]
+SIZES += [(4, 2048, 4), (4, 2048, 8), (8, 2048, 8), (2, 4096, 4)]  # as many bytes of 8-bit weights
 
 
 def measure() -> list[dict[str, Any]]:
