@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from mytune import quantization
 from mytune.generation import KVCache, PromptCache, generate, generate_batch, pack_linears
 from mytune.generation.reading import CachedReader, StaticReader
-from mytune.generation.row_linear import RowLinear
+from mytune.generation.row_linear import RowLinear, TileLinear
 from mytune.models.llama3_2 import llama3_2_1b
 from tests.generation.conftest import VARIED
 from tests.hf import twins
@@ -106,6 +106,17 @@ def test_packed_linears_are_as_exact(kind):
         expected = exact(tokens.cuda())
         theirs, ours = ((m(tokens.cuda()).float() - expected).norm() for m in (plain, packed))
         assert ours < 1.25 * theirs + 1e-3 * expected.norm()
+
+
+def test_packed_4_bit_linears_are_torchaos():
+    """Tiles of several weights side by side, by the same kernel."""
+    plain, packed = wide("Int4WeightOnlyQuantizer"), wide("Int4WeightOnlyQuantizer")
+    pack_linears(packed)
+    count = sum(isinstance(module, TileLinear) for module in packed.modules())
+    assert count == 4 * len(packed.layers) + 1
+    for tokens in (torch.tensor([[5]]), torch.tensor([[7, 80, 9, 3, 11]])):
+        expected = plain(tokens.cuda())
+        assert (packed(tokens.cuda()) - expected).norm() < 0.01 * expected.norm()
 
 
 def twins_of_numbers(kind):
