@@ -224,7 +224,7 @@ def test_killed_rank_is_named_and_ends_the_others_even_if_they_hang(mine):
     ended = launch("--nproc-per-node=2", mine, "output_dir=x", "end=killed")
     assert ended.code == 128 + signal.SIGKILL
     assert ended.err.startswith("error: rank 1 was killed by SIGKILL")
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.ranks

@@ -218,7 +218,12 @@ def test_ctrl_c_and_a_kill_leave_nothing_half_done(quantize, tmp_path):
             break
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    try:
+        code = process.wait(timeout=30)
+    except subprocess.TimeoutExpired:  # it came while a library was imported, which dropped it
+        process.send_signal(signal.SIGINT)
+        code = process.wait(timeout=60)
+    assert code == 130
     process.stderr.close()
     assert list((tmp_path / "q").iterdir()) == []
 
