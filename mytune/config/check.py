@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from glob import escape, glob
 from inspect import Parameter
@@ -59,26 +59,26 @@ def check_components(loaded: LoadedConfig, *, files: bool = True) -> list[str]:
         by_recipe: list[str] | None = []
         if is_outer:
             by_recipe = None if supplied is None else supplied.get(path[0], [])
-            kinds = _KINDS.get(path[0], ("*",))
-            if node[KEY].split(".")[0] in PACKAGES and not any(
-                fnmatchcase(node[KEY], kind) for kind in kinds
-            ):
-                known = " or ".join(kinds).replace("[!r]", "")
-                text = f"{node[KEY]} is no {path[0]}; that is {known}, or yours"
-                problems.append(f"{tree.where((*path, KEY))}: {dotted((*path, KEY))}: {text}")
-                continue
-        for argument, text in _check(node, by_recipe, files):
+        kinds = _KINDS.get(path[0], ()) if is_outer else ()
+        for argument, text in _check(node, kinds, by_recipe, files):
             key = (*path, argument)
             if key not in tree.broken:
                 problems.append(redact(f"{tree.where(key)}: {dotted(key)}: {text}"))
     return problems
 
 
-def _check(node: Component, by_recipe: list[str] | None, files: bool) -> Iterator[Finding]:
+def _check(
+    node: Component, kinds: Sequence[str], by_recipe: list[str] | None, files: bool
+) -> Iterator[Finding]:
     try:
         parameters = read_parameters(node[KEY])
     except TuneError as error:
         yield KEY, error.message
+        return
+    is_known = node[KEY].split(".")[0] in PACKAGES
+    if kinds and is_known and not any(fnmatchcase(node[KEY], kind) for kind in kinds):
+        known = " or ".join(kinds).replace("[!r]", "")
+        yield KEY, f"{node[KEY]} is of another kind; here can be {known}, or a component of yours"
         return
     if parameters is not None:
         yield from _check_arguments(node, parameters, by_recipe)

@@ -172,7 +172,10 @@ REFUSED = {
         2,
         "unknown component .*did you mean 'Int8WeightOnlyQuantizer'",
     ),
-    "quantizer=mytune.modules.LinearCrossEntropyLoss": (2, "quantizer is a LinearCrossEntropyLoss"),
+    "quantizer=mytune.modules.LinearCrossEntropyLoss": (
+        2,
+        "LinearCrossEntropyLoss is of another kind; here can be .*Quantizer",
+    ),
     "quantizer={_component_: torchao.quantization.Int8WeightOnlyConfig, group_size: 32}": (
         2,
         r"Int8WeightOnlyConfig\(group_size=32\): Only support version 2 with group_size=None",
