@@ -550,7 +550,9 @@ def check(cfg: Config) -> None:
     if cfg.eval_tasks:
         check_may_run(cfg.eval_tasks, cfg.eval_include_path)
     if cfg.device_memory is not None and not 0 < cfg.device_memory < 2**30:
-        raise ConfigError(f"device_memory is {cfg.device_memory}; it must be above 0 GiB, or null")
+        raise ConfigError(
+            f"device_memory is {cfg.device_memory}; it must be above 0 GiB, below 2^30, or null"
+        )
     if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
         raise ConfigError(f"clip_grad_norm is {cfg.clip_grad_norm}; it must be above 0, or null")
     if (loss := cfg.loss["_component_"]).startswith("torch.nn."):

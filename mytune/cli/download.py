@@ -41,6 +41,7 @@ def parser() -> Parser:
         description=f"Fetch a model from the Hugging Face Hub. After an interruption {_AGAIN}.",
         epilog="`mytune/tiny` is the model in the package: it is copied, without a network.",
     )
+    parser.may_be_empty = ["--ignore-patterns"]
     add = parser.add_argument
     add("repo_id", metavar="REPO", help="for example meta-llama/Meta-Llama-3-8B-Instruct")
     add("--output-dir", type=Path, metavar="DIR", help="default: /tmp/NAME, as in the configs")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from mytune.errors import ConfigError, did_you_mean
@@ -10,6 +12,8 @@ from mytune.errors import ConfigError, did_you_mean
 
 class Parser(argparse.ArgumentParser):
     """Raises a `ConfigError` where argparse would print its usage and exit."""
+
+    may_be_empty: Collection[str] = ()  # options
 
     def __init__(self, verb: str, **options: Any) -> None:
         super().__init__(prog=f"tune {verb}", allow_abbrev=False, **options)
@@ -29,11 +33,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, *args: Any, **options: Any) -> Any:
         """Refuse an empty value of an option: a variable of the shell was not set."""
-        found, others = super().parse_known_args(*args, **options)
-        for action in self._actions:
-            if action.option_strings and getattr(found, action.dest, None) == "":
-                self.error(f"argument {action.option_strings[-1]}: its value is empty")
-        return found, others
+        words = [*((args and args[0]) or ()), "-"]
+        for word, following in pairwise(words):
+            option, equals, value = word.partition("=")
+            checked = option in self._option_string_actions and option not in self.may_be_empty
+            if checked and not (value if equals else following):
+                self.error(f"argument {option}: its value is empty")
+        return super().parse_known_args(*args, **options)
 
     def near(self, option: str) -> str:
         """Return `"; did you mean '--x'?"`, or nothing."""

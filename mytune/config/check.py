@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from glob import escape, glob
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mytune.config.components import PACKAGES, refusal
+from mytune.config.components import is_from_us_or_torch, refusal
 from mytune.config.redact import redact
 from mytune.config.signatures import annotation, fits, read_parameters
+from mytune.config.torchtune import our_name
 from mytune.config.typed import in_words
 from mytune.config.types import KEY, Component, components, dotted
 from mytune.errors import TuneError, did_you_mean
@@ -29,18 +30,15 @@ _SOURCES = {"adapter_checkpoint": "a LoRA run writes its adapters to output_dir/
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _READERS = ("json", "csv", "parquet", "text")  # a dataset's `source` whose `data_files` are local
 
-# What a recipe's own keys can be, of packages that we know; a copy's other keys are its own.
+# Names that a recipe's own keys can have, of packages that we know, and one of them.
 _KINDS = {
-    "model": ("mytune.models.*[!r]",),  # no tokenizer
-    "tokenizer": ("mytune.*okenizer",),
-    "checkpointer": ("mytune.training.*Checkpointer",),
-    "dataset": ("mytune.datasets.*_dataset",),
-    "dataset_val": ("mytune.datasets.*_dataset",),
-    "lr_scheduler": ("mytune.training.*_with_warmup", "torch.optim.lr_scheduler.*"),
-    "loss": ("mytune.modules.*Loss", "torch.nn.*"),
-    "metric_logger": ("mytune.training.*Logger",),
-    "profiler": ("mytune.training.*profiler",),
-    "quantizer": ("mytune.quantization.*Quantizer", "torchao.*"),
+    "model": ("mytune.models.*[!r]", "mytune.models.llama3.llama3_8b"),  # no tokenizer
+    "tokenizer": ("mytune.*okenizer", "mytune.models.llama3.llama3_tokenizer"),
+    "checkpointer": ("mytune.training.*Checkpointer", "mytune.training.FullModelHFCheckpointer"),
+    "dataset": ("mytune.datasets.*_dataset", "mytune.datasets.alpaca_dataset"),
+    "dataset_val": ("mytune.datasets.*_dataset", "mytune.datasets.alpaca_dataset"),
+    "metric_logger": ("mytune.training.*Logger", "mytune.training.metric_logging.DiskLogger"),
+    "profiler": ("mytune.training.*profiler", "mytune.training.setup_torch_profiler"),
 }
 
 Finding = tuple[str, str]  # an argument's name, what is wrong with it
@@ -59,8 +57,8 @@ def check_components(loaded: LoadedConfig, *, files: bool = True) -> list[str]:
         by_recipe: list[str] | None = []
         if is_outer:
             by_recipe = None if supplied is None else supplied.get(path[0], [])
-        kinds = _KINDS.get(path[0], ()) if is_outer else ()
-        for argument, text in _check(node, kinds, by_recipe, files):
+        kind = _KINDS.get(path[0]) if is_outer else None
+        for argument, text in _check(node, kind, by_recipe, files):
             key = (*path, argument)
             if key not in tree.broken:
                 problems.append(redact(f"{tree.where(key)}: {dotted(key)}: {text}"))
@@ -68,24 +66,24 @@ def check_components(loaded: LoadedConfig, *, files: bool = True) -> list[str]:
 
 
 def _check(
-    node: Component, kinds: Sequence[str], by_recipe: list[str] | None, files: bool
+    node: Component, kind: tuple[str, str] | None, by_recipe: list[str] | None, files: bool
 ) -> Iterator[Finding]:
     try:
         parameters = read_parameters(node[KEY])
     except TuneError as error:
         yield KEY, error.message
         return
-    is_known = node[KEY].split(".")[0] in PACKAGES
-    if kinds and is_known and not any(fnmatchcase(node[KEY], kind) for kind in kinds):
-        known = " or ".join(kinds).replace("[!r]", "")
-        yield KEY, f"{node[KEY]} is of another kind; here can be {known}, or a component of yours"
+    if kind and is_from_us_or_torch(node[KEY]) and not fnmatchcase(node[KEY], kind[0]):
+        yield KEY, f"{node[KEY]} is of another kind than what goes here, such as {kind[1]}"
         return
     if parameters is not None:
         yield from _check_arguments(node, parameters, by_recipe)
+    if not node[KEY].startswith("mytune."):
+        return
     template = node.get("prompt_template")
-    if isinstance(template, str) and (why := refusal(template)):
+    if isinstance(template, str) and (why := refusal(our_name(template))):
         yield "prompt_template", why
-    if files and node[KEY].startswith("mytune."):
+    if files:
         yield from _check_files(node)
 
 

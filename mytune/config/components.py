@@ -53,7 +53,7 @@ _OTHERS = {
     ),
     "bitsandbytes.optim": (_OPTIMIZER,),
 }
-PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
+_PACKAGES = {"mytune", "torchtune", "torch", "torchao", "bitsandbytes"}
 _INSTALL = {"torchao": "pip install 'torchao>=0.18'"}
 
 _FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
@@ -84,10 +84,16 @@ def refusal(name: str) -> str | None:
         places = ", ".join(each.removesuffix(".") for each in _OUR_PACKAGES)
         return f"unknown component {name!r}; components are in {places}"
     return (
-        f"{name!r} is not allowed{did_you_mean(parts[0], PACKAGES - {parts[0]})}; components come "
+        f"{name!r} is not allowed{did_you_mean(parts[0], _PACKAGES - {parts[0]})}; components come "
         f"from mytune, {', '.join(_OTHERS)} or a Python file below the current directory; "
         f"--allow-component {parts[0]} lets this one in"
     )
+
+
+def is_from_us_or_torch(name: str) -> bool:
+    """Say whether a name is of a package that we know, and none that the command line lets in."""
+    package = name.partition(".")[0]
+    return package in _PACKAGES and not any(name.startswith(each) for each in _allowed_by_user)
 
 
 def check_may_run(tasks: Sequence[str], include_path: str | None = None) -> None:
@@ -130,7 +136,7 @@ def local_file(name: str) -> tuple[Path, str] | None:
     """Return the file below the current directory that `name` points into, and its module."""
     parts = name.split(".")
     here = Path.cwd().resolve()
-    for end in range(len(parts) - 1, 0, -1) if parts[0] not in PACKAGES else ():
+    for end in range(len(parts) - 1, 0, -1) if parts[0] not in _PACKAGES else ():
         stem = here.joinpath(*parts[:end])
         for file in (stem.with_suffix(".py"), stem / "__init__.py"):
             if file.is_file() and file.resolve().is_relative_to(here):
@@ -282,7 +288,7 @@ def instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _as_floats(value: Any, default: Any) -> Any:
     """Return a list of numbers as floats where these are by default: AdamW wants them so."""
-    wanted = isinstance(default, tuple) and all(type(each) is float for each in default)
+    wanted = isinstance(default, tuple) and {type(each) for each in default} == {float}
     numbers = isinstance(value, list) and all(type(each) in (int, float) for each in value)
     return [float(each) for each in value] if wanted and numbers else value
 

@@ -75,9 +75,10 @@ def _parse(text: str, schema: Schema) -> Override:
         raise ValueError(f"write {name}=VALUE, without spaces; or in quotes: '{name}=two words'")
     field = schema.names.get(name)
     if not raw:
-        null = f" {name}=null for none," if field is None or field.optional else ""
-        empty = f" {name}='\"\"' for an empty text" if field is None or "str" in field.type else ""
-        raise ValueError(f"no value; write{null}{empty}" if null or empty else "no value")
+        null = [f"{name}=null for none"] if field is None or field.optional else []
+        texts = field is None or "str" in field.type
+        ways = null + ([f"{name}='\"\"' for an empty text"] if texts else [])
+        raise ValueError("no value" + (f"; write {', '.join(ways)}" if ways else ""))
     return Override(text, path, _read(raw, field))
 
 

@@ -37,5 +37,5 @@ def find_row_format(dataset: Dataset, tokenizer: ModelTokenizer) -> RowFormat:
     return RowFormat(
         {name: i for name, i in tokenizer.special_tokens.items() if i in seen},
         stops,
-        tokenizer.chat_template if talks else None,
+        getattr(tokenizer, "chat_template", None) if talks else None,  # one of yours may lack it
     )

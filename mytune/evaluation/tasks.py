@@ -80,7 +80,7 @@ def load_tasks(
         raise ConfigError(f"{prefix}include_path: there is no directory {include_path}")
     manager = _manager(names, include_path, prefix)
     loaded: Tasks = {}
-    for part in (_load(manager, name) for name in dict.fromkeys(names)):
+    for part in (_load(manager, name, prefix) for name in dict.fromkeys(names)):
         for kind, held in part.items():
             loaded.setdefault(kind, {}).update(held)
     for task in loaded["tasks"].values():
@@ -159,6 +159,8 @@ def fault_of_task(error: Exception) -> DataError | None:
             task, doc = found["self"], found.get("doc", doc)
     why = f"{type(error).__name__} ({_reason(error)})"
     if task is None:
+        if not isinstance(error, TypeError | ValueError | LookupError | ArithmeticError):
+            return None
         return DataError(
             f"lm_eval cannot score these tasks: {why}; does each metric fit its output_type?"
         )
@@ -220,7 +222,7 @@ def _not_yaml(folder: Path) -> list[str]:
     return found
 
 
-def _load(manager: TaskManager, name: str) -> Tasks:
+def _load(manager: TaskManager, name: str, prefix: str = "") -> Tasks:
     """Load a task and its data; what can go wrong there is not ours, but its reason can be told."""
     try:
         return dict(manager.load([name]))
@@ -233,7 +235,8 @@ def _load(manager: TaskManager, name: str) -> Tasks:
         if is_network(error):
             raise UnreachableError(
                 f"task {name}: its data cannot be downloaded: {reason}; check the network "
-                "(HF_HUB_OFFLINE), or name a task of yours over local files with include_path"
+                "(HF_HUB_OFFLINE), or name a task of yours over local files with "
+                f"{prefix}include_path"
             ) from error
         raise DataError(f"task {name}: cannot be loaded: {reason}") from error
 

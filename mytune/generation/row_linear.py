@@ -53,7 +53,7 @@ class TileLinear(nn.Module):
         self.scales = nn.Parameter(scales.transpose(0, 1).contiguous(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # the kernel wants it so
         y: Tensor = torch._weight_int4pack_mm(rows, self.tiles, self._group, self.scales)
         return y.view(*x.shape[:-1], -1)
 

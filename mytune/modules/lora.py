@@ -127,7 +127,7 @@ def apply_lora(model: nn.Module, lora: LoRAConfig, only: Collection[str] | None 
     """
     check_at_least(1, {"lora_rank": lora.rank})
     if not 0 < lora.alpha < 1e30:
-        raise ConfigError(f"lora_alpha is {lora.alpha}; it must be above 0")
+        raise ConfigError(f"lora_alpha is {lora.alpha}; it must be above 0, below 1e30")
     if not 0 <= lora.dropout < 1:
         raise ConfigError(f"lora_dropout is {lora.dropout}; it must be from 0 to below 1")
     linears = {name: m for name, m in model.named_modules() if type(m) in _ADAPTED}

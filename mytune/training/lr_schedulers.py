@@ -31,7 +31,7 @@ def get_cosine_schedule_with_warmup(
     optimizer with its full lr and `last_epoch=n - 1`.
     """
     if not 0 < num_cycles < 1e9:
-        raise ConfigError(f"num_cycles is {num_cycles}; it must be above 0 (0.5 falls to 0 once)")
+        raise ConfigError(f"num_cycles is {num_cycles}; 0.5 falls to 0 once; it must be above 0")
 
     def after_warmup(progress: float) -> float:
         return 0.5 * (1 + math.cos(2 * math.pi * num_cycles * progress))

@@ -109,6 +109,8 @@ def test_all_problems_are_reported_before_the_recipe_is_imported(tune, root):
         ),
         (["--nproc_per_node", "many", *LORA], "--nproc-per-node many: Unsupported"),
         (["--nproc_per_node", "0", *LORA], "--nproc-per-node is 0; it must be at least 1"),
+        ([*LORA[:1], "--config", ""], "argument --config: its value is empty"),
+        ([*LORA, "--allow-component="], "argument --allow-component: its value is empty"),
         (["--nnodes", "x", *LORA], "--nnodes is x; it can be a number or MIN:MAX"),
         (["-m", *LORA], "`tune run` starts the recipe itself"),
         ([], "the following arguments are required: RECIPE"),

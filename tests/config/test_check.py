@@ -54,7 +54,7 @@ def test_a_right_config_has_no_problems(recipe: None, load: Load) -> None:
         (
             "model=mytune.training.StdoutLogger",
             "model._component_",
-            "mytune.training.StdoutLogger is of another kind; here can be mytune.models.*, or a",
+            "mytune.training.StdoutLogger is of another kind than what goes here, such as mytune.m",
         ),
         ("optimizer.lr=fast", "optimizer.lr", "'fast' is not a number"),
         ("optimizer.betas=[0.9,x]", "optimizer.betas", "[0.9, 'x'] is not list[float, float]"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mytune.config import check_may_run, component, instantiate, read_config
@@ -30,6 +31,12 @@ def test_components_in_arguments_are_built_first(folder: Path) -> None:
     node = {"_component_": "my_parts.model", "size": 2, "inner": [inner, {"a": inner, "b": [5]}]}
     built = ("model", 1, None)
     assert instantiate(node) == ("model", 2, [built, {"a": built, "b": [5]}])
+
+
+def test_whole_numbers_are_floats_where_these_are_by_default() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    built = instantiate({"_component_": "torch.optim.AdamW", "betas": [0, 0.99]}, [weight])
+    assert list(map(type, built.defaults["betas"])) == [float, float]
 
 
 def test_none_builds_nothing_and_a_list_builds_each(folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_the_last_of_two_overrides_wins(load: Load) -> None:
         ("+seed=3", "write key=value or ~key; did you mean 'seed'?"),
         ("seed", "write seed=VALUE, without spaces"),
         ("5", "write key=value or ~key, without spaces"),
-        ("seed=", "no value; write seed=null"),
+        ("seed=", "no value; write seed=null for none"),
         ("=3", "write key=value or ~key"),
         ("a..b=3", "write key=value or ~key"),
         ("extra=[1, 2", "[1, 2 does not end: leave out its spaces, or quote it all"),

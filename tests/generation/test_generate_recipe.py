@@ -291,7 +291,7 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
     assert (out, "weights" in err) == ("", False)
     for row, why in [
         (2, 'an object with "prompt"'),
-        (3, 'an object with "prompt"'),
+        (3, "user is 7, not a text"),
         (4, "201 tokens"),
         (5, "assistant"),
         (6, "messages"),

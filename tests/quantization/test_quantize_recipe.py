@@ -174,7 +174,7 @@ REFUSED = {
     ),
     "quantizer=mytune.modules.LinearCrossEntropyLoss": (
         2,
-        "LinearCrossEntropyLoss is of another kind; here can be .*Quantizer",
+        "quantizer is a LinearCrossEntropyLoss",
     ),
     "quantizer={_component_: torchao.quantization.Int8WeightOnlyConfig, group_size: 32}": (
         2,
@@ -221,12 +221,7 @@ def test_ctrl_c_and_a_kill_leave_nothing_half_done(quantize, tmp_path):
             break
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    try:
-        code = process.wait(timeout=30)
-    except subprocess.TimeoutExpired:  # it came while a library was imported, which dropped it
-        process.send_signal(signal.SIGINT)
-        code = process.wait(timeout=60)
-    assert code == 130
+    assert process.wait(timeout=60) == 130
     process.stderr.close()
     assert list((tmp_path / "q").iterdir()) == []
 
