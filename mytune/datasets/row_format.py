@@ -14,7 +14,7 @@ class RowFormat(NamedTuple):
     """How rows are written.
 
     Args:
-        special_tokens: those in the rows, by name.
+        special_tokens: those in the rows, by name, but for the one that begins them.
         stop_tokens: those of the tokenizer's that are trained, so that the model writes them.
         chat_template: of conversations, in Jinja; None for other rows, or where there is none.
     """
@@ -35,7 +35,7 @@ def find_row_format(dataset: Dataset, tokenizer: ModelTokenizer) -> RowFormat:
     stops = [token for token in tokenizer.stop_tokens if token in trained]
     talks = bool(set(stops) - {tokenizer.eos_id})
     return RowFormat(
-        {name: i for name, i in tokenizer.special_tokens.items() if i in seen},
+        {name: i for name, i in tokenizer.special_tokens.items() if i in seen - {tokenizer.bos_id}},
         stops,
         getattr(tokenizer, "chat_template", None) if talks else None,  # one of yours may lack it
     )

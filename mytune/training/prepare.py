@@ -111,7 +111,7 @@ def warn_of_untrained_tokens(model: Decoder, special_tokens: Mapping[str, int]) 
         return
     embedding = whole(embedding)
     norm = partial(torch.linalg.vector_norm, dim=1, dtype=torch.float32)
-    near_zero = norm(embedding[[*special_tokens.values()]]) < 0.01 * norm(embedding[::50]).median()
+    near_zero = norm(embedding[[*special_tokens.values()]]) < 0.001 * norm(embedding[::50]).median()
     if names := [name for name, bad in zip(special_tokens, near_zero.tolist(), strict=True) if bad]:
         log.warning(
             "the base model never learned %s (embeddings near zero), and adapters do not train "

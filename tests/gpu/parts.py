@@ -137,6 +137,7 @@ class Ids:
     """In the place of a tokenizer, for rows that are ids already."""
 
     pad_id = 0
+    bos_id = 1
     eos_id = 2
     stop_tokens = (2,)
     special_tokens: ClassVar[dict[str, int]] = {}
