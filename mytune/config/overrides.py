@@ -45,6 +45,9 @@ def apply_overrides(tree: Tree, texts: Sequence[str]) -> None:
     values = [each for each in parsed if each not in removals and each not in swaps]
     swaps.sort(key=lambda each: len(each.path))
     for override in [*removals, *swaps, *values]:
+        around = [override.path[:end] for end in range(1, len(override.path))]
+        # What is no mapping becomes one: the override has set that.
+        outermost = next((p for p in around if not isinstance(_old(tree, p), dict | list)), None)
         try:
             if override in removals:
                 _remove(tree, override)
@@ -52,7 +55,7 @@ def apply_overrides(tree: Tree, texts: Sequence[str]) -> None:
                 _swap(tree, override, parsed)
             else:
                 put(tree.values, override.path, merge(_old(tree, override.path), override.value))
-            tree.place(override.path, override.where)
+            tree.place(outermost or override.path, override.where)
         except (ValueError, IndexError) as error:
             tree.problems.append(f"{override.where}: {error}")
 

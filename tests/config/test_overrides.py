@@ -156,3 +156,4 @@ def test_where_says_who_set_a_key(load: Load) -> None:
     assert loaded.where("optimizer.lr") == "override 'optimizer.lr=1'"
     assert loaded.where("model.size") == "c.yaml:4"
     assert loaded.where("shuffle") == "default of recipe recipe.py"
+    assert load("optimizer.lr.x=1").where("optimizer.lr") == "override 'optimizer.lr.x=1'"
