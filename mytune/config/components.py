@@ -92,8 +92,11 @@ def refusal(name: str) -> str | None:
 
 def is_from_us_or_torch(name: str) -> bool:
     """Say whether a name is of a package that we know, and none that the command line lets in."""
-    package = name.partition(".")[0]
-    return package in _PACKAGES and not any(name.startswith(each) for each in _allowed_by_user)
+    return name.partition(".")[0] in _PACKAGES and not _is_let_in(name)
+
+
+def _is_let_in(name: str) -> bool:
+    return any(name.startswith(f"{each}.") for each in _allowed_by_user)
 
 
 def check_may_run(tasks: Sequence[str], include_path: str | None = None) -> None:
@@ -179,7 +182,7 @@ def _is_ours(name: str) -> bool:
 def _another_kind(name: str, found: Any) -> str | None:
     """Return why an object of another package is none that configs may use; None if it is one."""
     prefix = next((each for each in _OTHERS if name.startswith(f"{each}.")), None)
-    if prefix is None or any(name.startswith(f"{each}.") for each in _allowed_by_user):
+    if prefix is None or _is_let_in(name):
         return None
     kinds = {f"{each.__module__}.{each.__qualname__}" for each in getattr(found, "__mro__", ())}
     if not kinds.isdisjoint(_OTHERS[prefix]):

@@ -32,10 +32,11 @@ def find_row_format(dataset: Dataset, tokenizer: ModelTokenizer) -> RowFormat:
         sample = dataset[index]
         seen.update(sample["tokens"].tolist())
         trained.update(sample["labels"].tolist())
+    seen.discard(tokenizer.bos_id)
     stops = [token for token in tokenizer.stop_tokens if token in trained]
     talks = bool(set(stops) - {tokenizer.eos_id})
     return RowFormat(
-        {name: i for name, i in tokenizer.special_tokens.items() if i in seen - {tokenizer.bos_id}},
+        {name: i for name, i in tokenizer.special_tokens.items() if i in seen},
         stops,
         getattr(tokenizer, "chat_template", None) if talks else None,  # one of yours may lack it
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -109,9 +108,8 @@ def warn_of_untrained_tokens(model: Decoder, special_tokens: Mapping[str, int]) 
     embedding = model.embed_tokens.weight
     if embedding.requires_grad or not special_tokens:
         return
-    embedding = whole(embedding)
-    norm = partial(torch.linalg.vector_norm, dim=1, dtype=torch.float32)
-    near_zero = norm(embedding[[*special_tokens.values()]]) < 0.001 * norm(embedding[::50]).median()
+    norms = whole(torch.linalg.vector_norm(embedding, dim=1, dtype=torch.float32))
+    near_zero = norms[[*special_tokens.values()]] < 0.001 * norms.median()
     if names := [name for name, bad in zip(special_tokens, near_zero.tolist(), strict=True) if bad]:
         log.warning(
             "the base model never learned %s (embeddings near zero), and adapters do not train "
