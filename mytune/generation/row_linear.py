@@ -39,7 +39,7 @@ class RowLinear(nn.Module):
 
 
 class TileLinear(nn.Module):
-    """A linear with torchao's 4-bit weight for bfloat16 on a GPU, in tiles for torch's own kernel.
+    """A linear with torchao's 4-bit weight for bfloat16 on a GPU, in tiles.
 
     Args:
         tiles: 4-bit numbers, int32 [out / 8, in / 128, 32, 4].
@@ -53,6 +53,11 @@ class TileLinear(nn.Module):
         self.scales = nn.Parameter(scales.transpose(0, 1).contiguous(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if HAS_TRITON and x.numel() == x.shape[-1]:
+            from mytune.generation.tile_triton import tile_product
+
+            product: Tensor = tile_product(x, self.tiles, self.scales)
+            return product
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # the kernel wants it so
         y: Tensor = torch._weight_int4pack_mm(rows, self.tiles, self._group, self.scales)
         return y.view(*x.shape[:-1], -1)

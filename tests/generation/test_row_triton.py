@@ -21,6 +21,27 @@ for out, width in ((4, 2048), (8, 3072)):
 torch.library.opcheck(row_product, (x, weight.float()))
 """
 
+TILES = """
+import torch
+from mytune.generation import tile_triton
+from tests.generation.tiles import tiles_of
+for group, out, width, programs in ((32, 32, 1024, 1), (64, 16, 1024, 1), (256, 64, 2048, 4)):
+    tile_triton._PROGRAMS = programs
+    numbers = torch.randint(0, 16, (out, width))
+    scales = torch.randn(width // group, out, 2).bfloat16()
+    scale, zero = scales.double().repeat_interleave(group, 0).unbind(-1)
+    x = torch.randn(1, 1, width).bfloat16()
+    expected = x.double() @ ((numbers.T - 8) * scale + zero)
+    found = tile_triton.tile_product(x, tiles_of(numbers), scales)
+    assert found.shape == expected.shape and found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 6e-3 * expected.norm()  # the interpreter truncates
+torch.library.opcheck(tile_triton.tile_product, (x, tiles_of(numbers), scales))
+"""
+
 
 def test_the_kernels_give_what_linears_give() -> None:
     run_in_interpreter(SCRIPT)
+
+
+def test_the_kernel_of_tiles_gives_what_their_numbers_give() -> None:
+    run_in_interpreter(TILES)

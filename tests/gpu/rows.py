@@ -1,7 +1,8 @@
 """Products of one row with the weights of a block of Llama 3 8B: `python -m tests.gpu.rows`.
 
-As a program it also tries other sizes of the kernel's programs: `mytune.generation.row_triton` has
-the fastest. Weights of five blocks take turns, so that none is read from a cache.
+As a program it also tries other sizes of the kernels' programs: `row_triton` and `tile_triton` in
+`mytune.generation` have the fastest. Weights of five blocks take turns, so that none is read from a
+cache.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mytune.generation import row_triton
+from mytune.generation import row_triton, tile_triton
 from tests.gpu import DEVICE, HERE, NO_CUDA
 from tests.gpu.flops import wait
 
@@ -21,10 +22,17 @@ SHAPES = [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336)]  # q, k, v
 BLOCKS = 5
 SIZES = [(2, 2048, 4), (2, 1024, 4), (4, 1024, 4), (4, 1024, 8), (8, 512, 4), (4, 512, 2)]
 SIZES += [(4, 2048, 4), (4, 2048, 8), (8, 2048, 8), (2, 4096, 4)]  # as many bytes of 8-bit weights
+TILE_SIZES = [(n, warps) for n in (1, 128, 256, 512, 10**6) for warps in (4, 8)]  # programs, warps
+GROUP = 128
 
 
 def measure() -> list[dict[str, Any]]:
-    """Return the microseconds that a block's products take: cuBLAS's, and this library's."""
+    """Return the microseconds that a block's products take: torch's, and this library's."""
+    return measure_rows() + measure_tiles()
+
+
+def measure_rows() -> list[dict[str, Any]]:
+    """Return what the products with weights of 16 and 8 bits take."""
     x = {width: torch.randn(1, 1, width, device=DEVICE).bfloat16() for _, width in SHAPES}
     weights = [
         torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
@@ -39,6 +47,36 @@ def measure() -> list[dict[str, Any]]:
             for w, s in ((w.mul(40).to(torch.int8), torch.rand_like(w[:, 0])) for w in weights)
         ],
     }
+    return rows_of(calls)
+
+
+def measure_tiles() -> list[dict[str, Any]]:
+    """Return what the products with weights of 4 bits take, in tiles."""
+    x = {width: torch.randn(1, width, device=DEVICE).bfloat16() for _, width in SHAPES}
+    weights = [
+        (
+            x[width],
+            torch.randint(-(2**31), 2**31, (out // 8, width // 128, 32, 4), device=DEVICE).int(),
+            torch.randn(width // GROUP, out, 2, device=DEVICE).bfloat16(),
+        )
+        for _ in range(BLOCKS)
+        for out, width in SHAPES
+    ]
+    return rows_of(
+        {
+            ("torch", "int4"): [
+                lambda x=x, w=w, s=s: torch._weight_int4pack_mm(x, w, GROUP, s)
+                for x, w, s in weights
+            ],
+            ("mytune", "int4"): [
+                lambda x=x, w=w, s=s: tile_triton.tile_product(x, w, s) for x, w, s in weights
+            ],
+        }
+    )
+
+
+def rows_of(calls: dict[tuple[str, str], list[Callable[[], object]]]) -> list[dict[str, Any]]:
+    """Return a row for each library and kind of weights."""
     return [
         {"library": library, "weights": kind, "microseconds a block": 1e6 * seconds(products)}
         for (library, kind), products in calls.items()
@@ -72,8 +110,11 @@ def main() -> int:
         return 5
     for size in SIZES:
         row_triton._ROWS, row_triton._COLUMNS, row_triton._WARPS = size
-        for row in measure():
+        for row in measure_rows():
             print(size, row, flush=True)
+    for tile_triton._PROGRAMS, tile_triton._WARPS in TILE_SIZES:
+        for row in measure_tiles():
+            print((tile_triton._PROGRAMS, tile_triton._WARPS), row, flush=True)
     return 0
 
 
