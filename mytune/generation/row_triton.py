@@ -1,7 +1,7 @@
 """Products of one row with a weight on a GPU, which are all reading the weight: Triton kernels.
 
-A program reads some rows of the weight from end to end. Weights are numbers of 16 or 32 bits, or
-of 8 bits with a scale for each row.
+A program reads some rows of the weight from end to end. Weights are floating-point numbers, or
+integers of 8 bits; those of 8 bits have a scale for each row.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from torch import Tensor
 
 # Rows and columns that a program reads at once, and its warps: the fastest of tests/gpu/rows.py.
 _ROWS, _COLUMNS, _WARPS = 2, 2048, 4
+# The same for integers, always in 4 rows. Not measured yet.
+_INT8_COLUMNS, _INT8_WARPS = 2048, 4
+# A byte in bits 8 to 15 of a float32 is added to it, if that is 2^15: conversions of integers are
+# slow. It is an argument, as a constant would cost an instruction each time.
+_2_TO_15 = 0x47000000
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -41,12 +46,66 @@ def _product(  # type: ignore[no-untyped-def]
     tl.store(out + row, y.to(out.dtype.element_ty))
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _number(word, power):  # type: ignore[no-untyped-def]
+    """Return the number in bits 8 to 15, of which 0 to 255 stand for -128 to 127."""
+    return (word & 0xFF00 | power).to(tl.float32, bitcast=True) - (32768 + 128)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add(total, words, x0, x1, x2, x3, power):  # type: ignore[no-untyped-def]
+    """Add the products of words of 4 bytes with what their bytes are multiplied with."""
+    words = tl.load(words) ^ -0x7F7F7F80  # 0x80808080
+    total += _number(words << 8, power) * x0
+    total += _number(words, power) * x1
+    total += _number(words >> 8, power) * x2
+    return total + _number(words >> 16, power) * x3
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(out, total, scale):  # type: ignore[no-untyped-def]
+    y = tl.sum(total, 0) * tl.load(scale).to(tl.float32)
+    tl.store(out, y.to(out.dtype.element_ty))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _int8_product(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    scale,
+    out,
+    power,
+    WORDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * 4
+    word = tl.arange(0, COLUMNS // 4)
+    total0 = tl.zeros((COLUMNS // 4,), tl.float32)
+    total1, total2, total3 = total0, total0, total0
+    for start in range(0, WORDS, COLUMNS // 4):
+        w = weight + row.to(tl.int64) * WORDS + start + word
+        x0 = tl.load(x + 4 * (start + word)).to(tl.float32)
+        x1 = tl.load(x + 4 * (start + word) + 1).to(tl.float32)
+        x2 = tl.load(x + 4 * (start + word) + 2).to(tl.float32)
+        x3 = tl.load(x + 4 * (start + word) + 3).to(tl.float32)
+        total0 = _add(total0, w, x0, x1, x2, x3, power)
+        total1 = _add(total1, w + WORDS, x0, x1, x2, x3, power)
+        total2 = _add(total2, w + 2 * WORDS, x0, x1, x2, x3, power)
+        total3 = _add(total3, w + 3 * WORDS, x0, x1, x2, x3, power)
+    _store(out + row, total0, scale + row)
+    _store(out + row + 1, total1, scale + row + 1)
+    _store(out + row + 2, total2, scale + row + 2)
+    _store(out + row + 3, total3, scale + row + 3)
+
+
 def fits(weight: Tensor) -> bool:
     """Say whether a weight [out, in] of 8-bit or wider numbers can be given to `row_product`."""
     is_float8 = weight.itemsize == 1 and weight.is_floating_point()
     if is_float8 and torch.cuda.get_device_capability(weight.device) < (8, 9):
         return False
     rows, columns = _tile(weight)
+    if weight.dtype is torch.int8:
+        rows = 4
     return columns >= 256 and len(weight) % rows == 0 and weight.is_contiguous()
 
 
@@ -63,11 +122,23 @@ def row_product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tenso
     Args:
         x: one row, [..., in].
         weight: [out, in], one that `fits`.
-        scale: multiplies each output, [out].
+        scale: multiplies each output, [out]; integers must have it.
     """
-    rows, columns = _tile(weight)
     out = x.new_empty((*x.shape[:-1], len(weight)))
     with torch.cuda.device_of(x):
+        if weight.dtype is torch.int8:
+            _int8_product[(len(weight) // 4,)](
+                x.contiguous(),
+                weight.view(torch.int32),
+                scale,
+                out,
+                _2_TO_15,
+                weight.shape[1] // 4,
+                math.gcd(weight.shape[1], _INT8_COLUMNS),
+                num_warps=_INT8_WARPS,
+            )
+            return out
+        rows, columns = _tile(weight)
         _product[(len(weight) // rows,)](
             x.contiguous(),
             weight,

@@ -16,11 +16,13 @@ from torch import Tensor
 
 _COLUMNS = 1024  # that a program reads at once: every width in tiles is a multiple
 # A program has 4 tiles, which share what is done to x, if so many programs are left; else 2 or 1.
+# Not measured yet: tests/gpu/rows.py tries some.
 _PROGRAMS, _WARPS = 256, 4
 
-# A 4-bit number among the bits of a float32 is added to it, if the float32 is the right power of 2:
-# no conversion. Given as arguments: as constants they would cost an instruction each time.
-_AT_BIT_12, _AT_BIT_16 = 0x45000000, 0x43000000  # 2^11, 2^7
+# A number in bits 12 to 15 of a float32 is added to it, if that is 2^11; in bits 16 to 19, if it is
+# 2^7: conversions of integers are slow. They are arguments, as constants would cost an instruction
+# each time.
+_2_TO_11, _2_TO_7 = 0x45000000, 0x43000000
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -48,10 +50,10 @@ def _at_16(words, power):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add(total, words, scales, x0, x8, x16, x24, p11, p7, too_much, ones):  # type: ignore[no-untyped-def]
+def _add(total, words, scales, x0, x8, x16, x24, p11, p7, excess, sum_of_x):  # type: ignore[no-untyped-def]
     """Add the products of a tile's words with pairs of x."""
     words, scale_and_zero = tl.load(words), tl.load(scales)
-    dot = _at_16(words << 16, p7) * _low(x0) - too_much
+    dot = _at_16(words << 16, p7) * _low(x0) - excess
     dot += _at_12(words << 8, p11) * _low(x8)
     dot += _at_16(words << 8, p7) * _low(x16)
     dot += _at_12(words, p11) * _low(x24)
@@ -59,7 +61,7 @@ def _add(total, words, scales, x0, x8, x16, x24, p11, p7, too_much, ones):  # ty
     dot += _at_12(words >> 8, p11) * _high(x8)
     dot += _at_16(words >> 8, p7) * _high(x16)
     dot += _at_12(words >> 16, p11) * _high(x24)
-    return total + _low(scale_and_zero) * tl.sum(dot, 1) + _high(scale_and_zero) * ones
+    return total + _low(scale_and_zero) * tl.sum(dot, 1) + _high(scale_and_zero) * sum_of_x
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -101,14 +103,18 @@ def _product(  # type: ignore[no-untyped-def]
         x24 = tl.load(x + start // 2 + pair + 12)
         at_12 = _low(x8) + _high(x8) + _low(x24) + _high(x24)
         at_16 = _low(x0) + _high(x0) + _low(x16) + _high(x16)
-        too_much = (2048 + 8) * at_12 + (128 + 8) * at_16  # 0 to 15 stand for -8 to 7
-        ones = tl.sum(at_12 + at_16, 1)
-        total0 = _add(total0, w, s, x0, x8, x16, x24, p11, p7, too_much, ones)
+        excess = (2048 + 8) * at_12 + (128 + 8) * at_16  # 0 to 15 stand for -8 to 7
+        sum_of_x = tl.sum(at_12 + at_16, 1)
+        total0 = _add(total0, w, s, x0, x8, x16, x24, p11, p7, excess, sum_of_x)
         if TILES > 1:
-            total1 = _add(total1, w + WIDTH, s + 8, x0, x8, x16, x24, p11, p7, too_much, ones)
+            total1 = _add(total1, w + WIDTH, s + 8, x0, x8, x16, x24, p11, p7, excess, sum_of_x)
         if TILES > 2:
-            total2 = _add(total2, w + 2 * WIDTH, s + 16, x0, x8, x16, x24, p11, p7, too_much, ones)
-            total3 = _add(total3, w + 3 * WIDTH, s + 24, x0, x8, x16, x24, p11, p7, too_much, ones)
+            total2 = _add(
+                total2, w + 2 * WIDTH, s + 16, x0, x8, x16, x24, p11, p7, excess, sum_of_x
+            )
+            total3 = _add(
+                total3, w + 3 * WIDTH, s + 24, x0, x8, x16, x24, p11, p7, excess, sum_of_x
+            )
     _store(out + tile * 8, total0, 16 // SHARE)
     if TILES > 1:
         _store(out + tile * 8 + 8, total1, 16 // SHARE)
@@ -136,8 +142,8 @@ def tile_product(x: Tensor, tiles: Tensor, scales: Tensor) -> Tensor:
             tiles,
             scales.view(torch.int32),
             out,
-            _AT_BIT_12,
-            _AT_BIT_16,
+            _2_TO_11,
+            _2_TO_7,
             WIDTH=width,
             HEIGHT=8 * count,
             GROUP=width // len(scales),

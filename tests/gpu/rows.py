@@ -21,7 +21,7 @@ from tests.gpu.flops import wait
 SHAPES = [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336)]  # q, k, v; o; gate, up; down
 BLOCKS = 5
 SIZES = [(2, 2048, 4), (2, 1024, 4), (4, 1024, 4), (4, 1024, 8), (8, 512, 4), (4, 512, 2)]
-SIZES += [(4, 2048, 4), (4, 2048, 8), (8, 2048, 8), (2, 4096, 4)]  # as many bytes of 8-bit weights
+INT8_SIZES = [(2048, 4), (2048, 2), (1024, 2), (4096, 4), (4096, 8)]
 TILE_SIZES = [(n, warps) for n in (1, 128, 256, 512, 10**6) for warps in (4, 8)]  # programs, warps
 GROUP = 128
 
@@ -104,14 +104,16 @@ def seconds(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def main() -> int:
-    """Print what each size of the kernel's programs takes."""
+    """Print what each size of the kernels' programs takes."""
     if not HERE or DEVICE.type != "cuda":
         print(f"nothing was measured: {NO_CUDA}")
         return 5
-    for size in SIZES:
+    for number, size in enumerate(SIZES):
         row_triton._ROWS, row_triton._COLUMNS, row_triton._WARPS = size
+        of_int8 = INT8_SIZES[number % len(INT8_SIZES)]
+        row_triton._INT8_COLUMNS, row_triton._INT8_WARPS = of_int8
         for row in measure_rows():
-            print(size, row, flush=True)
+            print(size, of_int8, row, flush=True)
     for tile_triton._PROGRAMS, tile_triton._WARPS in TILE_SIZES:
         for row in measure_tiles():
             print((tile_triton._PROGRAMS, tile_triton._WARPS), row, flush=True)
