@@ -45,7 +45,8 @@ class HalfLinear(nn.Module):
     AVX-512 they were 1.2 to 3.5 times as fast as float32's with 1 row, 1.7 to 3.2 times with 8, and
     as fast with 512; as bfloat16's 0.9 to 1.9 times with 1 row, 3 to 8 times with more. On one with
     AVX-512 1.1 to 1.8 times as fast as float32's with 1 row, 1.7 to 3.6 with 8, 0.6 to 1.1 with
-    more: "Linears" in docs/performance.md.
+    more: "Linears" in docs/performance.md. There bfloat16's, by oneDNN, are faster from 3 rows on,
+    and with AMX always.
 
     Args:
         weight: [out, in], one that `fits_half`.
@@ -147,14 +148,14 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((len(x), len(weight)), dtype=torch.int32)
 
 
-def cpu_layout(weight: Tensor) -> Layout | None:
+def cpu_layout(weight: Tensor, rows: int) -> Layout | None:
     """Return the fastest linear for a weight on a CPU and its tensors by rows, or None.
 
     `PackedLinear` is not of this kind: linears of its packed weights cannot be joined.
     """
     if type(weight) is not nn.Parameter:
         return _int8_layout(weight)
-    if weight.dtype is torch.bfloat16 and _has_avx512():
+    if weight.dtype is torch.bfloat16 and _has_avx512() and (rows > 2 or _has_amx()):
         return None
     fits = works(HalfLinear, torch.float32) and fits_half(weight)
     return (HalfLinear, (weight.detach(),)) if fits else None
@@ -185,6 +186,11 @@ def onednn_packs(weight: Tensor) -> bool:
 
 def _has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def _has_amx() -> bool:
+    """Say whether the CPU has units for products of bfloat16 matrices."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 @cache

@@ -61,8 +61,8 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
         batch_size: rows that will be usual.
     """
     for block in model.layers:
-        _join(block.attn, ("q_proj", "k_proj", "v_proj"))  # type: ignore[arg-type]
-        _join(block.mlp, ("gate_proj", "up_proj"))  # type: ignore[arg-type]
+        _join(block.attn, ("q_proj", "k_proj", "v_proj"), batch_size)  # type: ignore[arg-type]
+        _join(block.mlp, ("gate_proj", "up_proj"), batch_size)  # type: ignore[arg-type]
     # Names, not modules: a list of those would keep every weight until the last one is packed.
     names = [name for name, module in model.named_modules() if _is_linear(name, module)]
     for name in names:
@@ -72,13 +72,13 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
         model.lm_head = packed_linear(model.embed_tokens.weight, batch_size)  # type: ignore[assignment]
 
 
-def _join(module: nn.Module, names: Sequence[str]) -> None:
+def _join(module: nn.Module, names: Sequence[str], rows: int) -> None:
     """Join linears of one input, if all of them can be."""
     linears = {name: module.get_submodule(name) for name in names}
     if not all(_is_linear(name, linear) for name, linear in linears.items()):
         return
     weights = [linear.get_parameter("weight") for linear in linears.values()]
-    layouts = [layout for weight in weights if (layout := _joinable(weight))]
+    layouts = [layout for weight in weights if (layout := _joinable(weight, rows))]
     kinds = {(kind, *(tensor.dtype for tensor in tensors)) for kind, tensors in layouts}
     if len(layouts) < len(weights) or len(kinds) > 1:
         return
@@ -96,7 +96,7 @@ def _is_linear(name: str, module: nn.Module) -> bool:
 
 def packed_linear(weight: Tensor, rows: int) -> nn.Module | None:
     """Return the fastest linear for a weight, or None if that is the plain one."""
-    if layout := _joinable(weight):
+    if layout := _joinable(weight, rows):
         kind, tensors = layout
         return kind(*tensors)
     if weight.device.type == "cpu" and onednn_packs(weight):
@@ -104,11 +104,11 @@ def packed_linear(weight: Tensor, rows: int) -> nn.Module | None:
     return None
 
 
-def _joinable(weight: Tensor) -> Layout | None:
+def _joinable(weight: Tensor, rows: int) -> Layout | None:
     """Return the fastest linear, and what it is made of by rows, if that can be said of it."""
     if weight.is_cuda:
         return row_layout(weight)
-    return cpu_layout(weight) if weight.device.type == "cpu" else None
+    return cpu_layout(weight, rows) if weight.device.type == "cpu" else None
 
 
 # What to tell a user who asks for it, by `can_compile`.

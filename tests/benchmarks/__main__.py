@@ -1,6 +1,6 @@
 """Run benchmarks and write docs/benchmarks/results.json and the tables of docs/performance.md.
 
-python -m tests.benchmarks [--quick] [NAME ...]
+python -m tests.benchmarks [--quick] [--machine SUFFIX] [NAME ...]
 """
 
 from __future__ import annotations
@@ -32,26 +32,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--quick", action="store_true", help="fewer turns and cases")
+    parser.add_argument(
+        "--machine",
+        metavar="SUFFIX",
+        default="",
+        help="keep the tables that there are, and add some of this machine: NAME_SUFFIX",
+    )
     args = parser.parse_args()
     if unknown := set(args.names) - set(names):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if len(args.names) == 1:
-        measure(args.names[0], args.quick)
+        measure(args.names[0], args.quick, args.machine)
         return 0
-    command = [sys.executable, "-m", "tests.benchmarks", *(["--quick"] if args.quick else [])]
+    command = [sys.executable, "-m", "tests.benchmarks", f"--machine={args.machine}"]
+    command += ["--quick"] if args.quick else []
     codes = [
         subprocess.run([*command, name], check=False).returncode for name in args.names or names
     ]
     return max(codes)
 
 
-def measure(name: str, quick: bool) -> None:
+def measure(name: str, quick: bool, suffix: str) -> None:
     """Run a benchmark and write what it found."""
     bench = importlib.import_module(f"tests.benchmarks.bench_{name}")
     start = time.perf_counter()
     rows = bench.measure(quick)
     print(f"\n{bench.TITLE} ({time.perf_counter() - start:.0f} s)\n\n{table(rows)}", flush=True)
     where = {"date": time.strftime("%Y-%m-%d"), **machine()}
+    name = f"{name}_{suffix}" if suffix else name
     write_results(name, rows, where)
     write_page(name, bench, rows, where)
 

@@ -50,31 +50,37 @@ def rounded_twins(**sizes):
     return [twins(**sizes)[0].bfloat16().float() for _ in range(2)]
 
 
-def pack_for(capability, model, monkeypatch, dtype=torch.float32):
-    """Pack linears as for a CPU with AVX2 or AVX-512; count those of each kind."""
-    if (capability, dtype) == ("AVX512", torch.bfloat16) and not works(PackedLinear, dtype):
+def pack_for(capability, model, monkeypatch, dtype=torch.float32, rows=1):
+    """Pack linears as for a CPU with AVX2, AVX-512, or AMX besides; count those of each kind."""
+    if capability != "AVX2" and dtype is torch.bfloat16 and not works(PackedLinear, dtype):
         pytest.skip(f"this CPU has no packed linears in {dtype}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    pack_linears(model)
+    avx = "AVX512" if capability == "AMX" else capability
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": capability == "AMX"})
+    pack_linears(model, rows)
     kinds = (PackedLinear, HalfLinear, Joined, torch.nn.Linear)
     return tuple(sum(type(module) is kind for module in model.modules()) for kind in kinds)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    ("capability", "dtype", "kinds"),
+    ("capability", "dtype", "rows", "half"),
     [
-        # In each of 3 blocks o and down, and the head; q, k and v are joined, and gate and up.
-        ("AVX2", torch.float32, (0, 3 * 4 + 1, 3 * 2, 0)),
-        ("AVX2", torch.bfloat16, (0, 3 * 4 + 1, 3 * 2, 0)),
-        ("AVX512", torch.float32, (0, 3 * 4 + 1, 3 * 2, 0)),
-        ("AVX512", torch.bfloat16, (3 * 7 + 1, 0, 0, 0)),
+        ("AVX2", torch.float32, 8, True),
+        ("AVX2", torch.bfloat16, 8, True),
+        ("AVX512", torch.float32, 8, True),
+        ("AVX512", torch.bfloat16, 2, True),
+        ("AVX512", torch.bfloat16, 3, False),
+        ("AMX", torch.float32, 8, True),
+        ("AMX", torch.bfloat16, 1, False),
     ],
 )
-def test_packed_linears_compute_the_same(capability, dtype, kinds, tied, monkeypatch):
+def test_packed_linears_compute_the_same(capability, dtype, rows, half, tied, monkeypatch):
     plain, packed = rounded_twins(tie_word_embeddings=tied)
     packed.to(dtype)
-    assert pack_for(capability, packed, monkeypatch, dtype) == kinds
+    # In each of 3 blocks o and down, and the head; q, k and v are joined, and gate and up.
+    kinds = (0, 3 * 4 + 1, 3 * 2, 0) if half else (3 * 7 + 1, 0, 0, 0)
+    assert pack_for(capability, packed, monkeypatch, dtype, rows) == kinds
     tokens, x = torch.arange(20)[None], torch.randn(1, 3, 64, dtype=dtype)
     with torch.inference_mode():
         exact, ours, k = plain(tokens), packed(tokens), packed.layers[1].attn.k_proj(x)
@@ -97,7 +103,7 @@ def test_weights_of_unlike_numbers_are_not_joined(monkeypatch):
     packed, plain = rounded_twins()
     q_proj = packed.layers[1].attn.q_proj.weight
 
-    def layout(weight):
+    def layout(weight, _):
         parts = (weight.detach(), torch.ones(len(weight)))
         return (Scaled, parts) if weight is q_proj else (Scaled, parts[:1])
 
