@@ -194,7 +194,7 @@ def measure(
         merge_adapter=False,
         quantizer=instantiate(cfg.quantizer),
     )
-    pack_linears(model, batch_size=512)  # most of what is read are texts, not single tokens
+    pack_linears(model, rows=512)  # most of what is read are texts, not single tokens
     started = time.perf_counter()
     results = evaluate(
         model,

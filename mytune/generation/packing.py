@@ -49,7 +49,7 @@ class Part(nn.Module):
         return part
 
 
-def pack_linears(model: Decoder, batch_size: int = 1) -> None:
+def pack_linears(model: Decoder, rows: int = 1) -> None:
     """Lay out a model's plain linears and its head for decoding, in place, for inference.
 
     Weights are laid out one by one; on a CPU a tied head keeps its weight beside the other one.
@@ -58,18 +58,18 @@ def pack_linears(model: Decoder, batch_size: int = 1) -> None:
     fails on a whole model with packed linears: see `can_compile`.
 
     Args:
-        batch_size: rows that will be usual.
+        rows: tokens that a pass over the weights reads at once, on average.
     """
     for block in model.layers:
-        _join(block.attn, ("q_proj", "k_proj", "v_proj"), batch_size)  # type: ignore[arg-type]
-        _join(block.mlp, ("gate_proj", "up_proj"), batch_size)  # type: ignore[arg-type]
+        _join(block.attn, ("q_proj", "k_proj", "v_proj"), rows)  # type: ignore[arg-type]
+        _join(block.mlp, ("gate_proj", "up_proj"), rows)  # type: ignore[arg-type]
     # Names, not modules: a list of those would keep every weight until the last one is packed.
     names = [name for name, module in model.named_modules() if _is_linear(name, module)]
     for name in names:
-        if packed := packed_linear(model.get_parameter(f"{name}.weight"), batch_size):
+        if packed := packed_linear(model.get_parameter(f"{name}.weight"), rows):
             model.set_submodule(name, packed)
     if model.lm_head is None and type(model.embed_tokens) is nn.Embedding:
-        model.lm_head = packed_linear(model.embed_tokens.weight, batch_size)  # type: ignore[assignment]
+        model.lm_head = packed_linear(model.embed_tokens.weight, rows)  # type: ignore[assignment]
 
 
 def _join(module: nn.Module, names: Sequence[str], rows: int) -> None:

@@ -28,7 +28,7 @@ def mytune_model(settings: dict[str, Any]) -> Any:
     with torch.device("meta"):
         model = auto_model(settings["model"])
     model = load_for_inference(model, FullModelHFCheckpointer(settings["model"]), device, dtype)
-    pack_linears(model, batch_size=512)
+    pack_linears(model, rows=512)
     tokenizer = llama3_tokenizer(settings["tiktoken"])
     return HarnessModel(model, tokenizer, batch_size=settings["batch_size"])
 
