@@ -138,8 +138,8 @@ def main(cfg: Config) -> int:
     model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
     streamed = cfg.prompt_file is None and cfg.num_samples == 1 and not cfg.logprobs
     # Prompts are read in one pass over the weights, then every token takes one.
-    rows = min(cfg.batch_size, len(prompts)) * cfg.num_samples
-    pack_linears(model, rows * (1 + max(map(len, prompts)) // cfg.max_new_tokens))
+    together = min(cfg.batch_size, len(prompts)) * cfg.num_samples
+    pack_linears(model, together * (1 + max(map(len, prompts)) // cfg.max_new_tokens))
     if cfg.compile:
         log.info("compile: %s", COMPILES[can_compile(model)])
     bytes_read = bytes_per_token(model)
