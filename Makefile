@@ -9,8 +9,9 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 demo: .venv/demo
 	$(BIN)/python docs/demo.py
 
+# Three at once also on two cores: many wait for processes that they started.
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	$(BIN)/python -m pytest -n 3 --dist worksteal tests
 
 lint: .venv/dev
 	$(BIN)/ruff check .
