@@ -231,7 +231,8 @@ def _load(manager: TaskManager, name: str, prefix: str = "") -> Tasks:
         if isinstance(error, StopIteration):
             reason = "there are no rows"
         if isinstance(error, KeyError):
-            reason = f"there is no {reason}"
+            unknown = "a metric of its metric_list is unknown, and has no aggregation of its own"
+            reason = unknown if error.args == (None,) else f"there is no {reason}"
         if is_network(error):
             raise UnreachableError(
                 f"task {name}: its data cannot be downloaded: {reason}; check the network "

@@ -447,6 +447,11 @@ OWN = {
         3,
         "lm_eval cannot score these tasks: TypeError .*does each metric fit its output_type",
     ),
+    "nothing known": (
+        {"metric_list": [{"metric": "accc"}]},
+        3,
+        "task nothing known: cannot be loaded: a metric of its metric_list is unknown",
+    ),
     "split": ({"test_split": "tst"}, 3, "task split: cannot be loaded: there is no 'tst'"),
     "empty": ({"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}}, 3, "there are no rows"),
 }
