@@ -238,9 +238,11 @@ class Source:
         ]
         if problems:
             raise CheckpointError(
-                f"{self.paths[0].parent}: {len(problems)} tensors do not fit the config's model; "
+                f"{self.paths[0].parent}: tensors that do not fit the model: {len(problems)}; "
                 f"mytune.models.auto_model with model.checkpoint_dir={self.paths[0].parent} takes "
-                "the sizes from there, and lora_auto_model and qlora_auto_model do with adapters",
+                "the sizes from there, and lora_auto_model and qlora_auto_model do with adapters; "
+                "if one of them is used already, config.json or params.json there is of another "
+                "model than the weights",
                 shortened(problems, TENSORS),
             )
         return layout
