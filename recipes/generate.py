@@ -137,9 +137,11 @@ def main(cfg: Config) -> int:
 
     model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
     streamed = cfg.prompt_file is None and cfg.num_samples == 1 and not cfg.logprobs
-    # Prompts are read in one pass over the weights, then every token takes one.
-    together = min(cfg.batch_size, len(prompts)) * cfg.num_samples
-    pack_linears(model, together * (1 + max(map(len, prompts)) // cfg.max_new_tokens))
+    # Prompts are read in one pass over the weights, then each of the new tokens takes one.
+    together = min(cfg.batch_size, len(prompts))
+    samples = together * cfg.num_samples
+    prompt_tokens = together * max(map(len, prompts))
+    pack_linears(model, samples, tokens_per_pass=samples + prompt_tokens // cfg.max_new_tokens)
     if cfg.compile:
         log.info("compile: %s", COMPILES[can_compile(model)])
     bytes_read = bytes_per_token(model)

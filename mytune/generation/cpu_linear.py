@@ -43,10 +43,10 @@ class HalfLinear(nn.Module):
 
     Products are computed in float32, and read half of what a float32 weight takes. On a CPU without
     AVX-512 they were 1.2 to 3.5 times as fast as float32's with 1 row, 1.7 to 3.2 times with 8, and
-    as fast with 512; as bfloat16's 0.9 to 1.9 times with 1 row, 3 to 8 times with more. On one with
-    AVX-512 1.1 to 1.8 times as fast as float32's with 1 row, 1.7 to 3.6 with 8, 0.6 to 1.1 with
-    more: "Linears" in docs/performance.md. There bfloat16's, by oneDNN, are faster from 3 rows on,
-    and with AMX always.
+    as fast with 512; as bfloat16's 0.9 to 1.9 times with 1 row, 3 to 8 times with more. On a Xeon
+    with AVX-512 1.1 to 1.8 times as fast as float32's with 1 row, 1.7 to 3.6 with 8, 0.6 to 1.1
+    with more; on an EPYC 2.2 to 5.6, 2 to 5 and 1 to 1.6: "Linears" in docs/performance.md. There
+    `PackedLinear` in bfloat16 is faster from 3 rows on, and with AMX always.
 
     Args:
         weight: [out, in], one that `fits_half`.
@@ -148,14 +148,16 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((len(x), len(weight)), dtype=torch.int32)
 
 
-def cpu_layout(weight: Tensor, rows: int) -> Layout | None:
+def cpu_layout(weight: Tensor, tokens: int) -> Layout | None:
     """Return the fastest linear for a weight on a CPU and its tensors by rows, or None.
+
+    `tokens` are read at once on average.
 
     `PackedLinear` is not of this kind: linears of its packed weights cannot be joined.
     """
     if type(weight) is not nn.Parameter:
         return _int8_layout(weight)
-    if weight.dtype is torch.bfloat16 and _has_avx512() and (rows > 2 or _has_amx()):
+    if weight.dtype is torch.bfloat16 and _has_avx512() and (tokens > 2 or _has_amx()):
         return None
     fits = works(HalfLinear, torch.float32) and fits_half(weight)
     return (HalfLinear, (weight.detach(),)) if fits else None

@@ -49,7 +49,7 @@ class Part(nn.Module):
         return part
 
 
-def pack_linears(model: Decoder, rows: int = 1) -> None:
+def pack_linears(model: Decoder, rows: int = 1, tokens_per_pass: int | None = None) -> None:
     """Lay out a model's plain linears and its head for decoding, in place, for inference.
 
     Weights are laid out one by one; on a CPU a tied head keeps its weight beside the other one.
@@ -58,27 +58,32 @@ def pack_linears(model: Decoder, rows: int = 1) -> None:
     fails on a whole model with packed linears: see `can_compile`.
 
     Args:
-        rows: tokens that a pass over the weights reads at once, on average.
+        rows: of a step of decoding.
+        tokens_per_pass: what a pass over the weights reads on average, prompts included; as many as
+            there are rows if None.
     """
+    tokens = tokens_per_pass or rows
     for block in model.layers:
-        _join(block.attn, ("q_proj", "k_proj", "v_proj"), rows)  # type: ignore[arg-type]
-        _join(block.mlp, ("gate_proj", "up_proj"), rows)  # type: ignore[arg-type]
+        _join(block.attn, ("q_proj", "k_proj", "v_proj"), tokens)  # type: ignore[arg-type]
+        _join(block.mlp, ("gate_proj", "up_proj"), tokens)  # type: ignore[arg-type]
     # Names, not modules: a list of those would keep every weight until the last one is packed.
     names = [name for name, module in model.named_modules() if _is_linear(name, module)]
     for name in names:
-        if packed := packed_linear(model.get_parameter(f"{name}.weight"), rows):
+        # The head reads the last token of a prompt alone.
+        most = rows if name == "lm_head" else tokens
+        if packed := packed_linear(model.get_parameter(f"{name}.weight"), rows, most):
             model.set_submodule(name, packed)
     if model.lm_head is None and type(model.embed_tokens) is nn.Embedding:
-        model.lm_head = packed_linear(model.embed_tokens.weight, rows)  # type: ignore[assignment]
+        model.lm_head = packed_linear(model.embed_tokens.weight, rows, rows)  # type: ignore[assignment]
 
 
-def _join(module: nn.Module, names: Sequence[str], rows: int) -> None:
+def _join(module: nn.Module, names: Sequence[str], tokens: int) -> None:
     """Join linears of one input, if all of them can be."""
     linears = {name: module.get_submodule(name) for name in names}
     if not all(_is_linear(name, linear) for name, linear in linears.items()):
         return
     weights = [linear.get_parameter("weight") for linear in linears.values()]
-    layouts = [layout for weight in weights if (layout := _joinable(weight, rows))]
+    layouts = [layout for weight in weights if (layout := _joinable(weight, tokens))]
     kinds = {(kind, *(tensor.dtype for tensor in tensors)) for kind, tensors in layouts}
     if len(layouts) < len(weights) or len(kinds) > 1:
         return
@@ -94,9 +99,14 @@ def _is_linear(name: str, module: nn.Module) -> bool:
     return type(module) is nn.Linear and not is_adapter(name)
 
 
-def packed_linear(weight: Tensor, rows: int) -> nn.Module | None:
-    """Return the fastest linear for a weight, or None if that is the plain one."""
-    if layout := _joinable(weight, rows):
+def packed_linear(weight: Tensor, rows: int, tokens: int) -> nn.Module | None:
+    """Return the fastest linear for a weight, or None if that is the plain one.
+
+    Args:
+        rows: of a step of decoding.
+        tokens: that are read at once on average.
+    """
+    if layout := _joinable(weight, tokens):
         kind, tensors = layout
         return kind(*tensors)
     if weight.device.type == "cpu" and onednn_packs(weight):
@@ -104,11 +114,11 @@ def packed_linear(weight: Tensor, rows: int) -> nn.Module | None:
     return None
 
 
-def _joinable(weight: Tensor, rows: int) -> Layout | None:
+def _joinable(weight: Tensor, tokens: int) -> Layout | None:
     """Return the fastest linear, and what it is made of by rows, if that can be said of it."""
     if weight.is_cuda:
         return row_layout(weight)
-    return cpu_layout(weight, rows) if weight.device.type == "cpu" else None
+    return cpu_layout(weight, tokens) if weight.device.type == "cpu" else None
 
 
 # What to tell a user who asks for it, by `can_compile`.

@@ -53,12 +53,13 @@ class TileLinear(nn.Module):
         self.scales = nn.Parameter(scales.transpose(0, 1).contiguous(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if HAS_TRITON and x.numel() == x.shape[-1]:
+        one_row = x.numel() == x.shape[-1] and x.dtype is torch.bfloat16
+        if HAS_TRITON and one_row and x.shape[-1] % 1024 == 0:
             from mytune.generation.tile_triton import tile_product
 
             product: Tensor = tile_product(x, self.tiles, self.scales)
             return product
-        rows = x.reshape(-1, x.shape[-1]).contiguous()  # the kernel wants it so
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # torch's kernel wants it so
         y: Tensor = torch._weight_int4pack_mm(rows, self.tiles, self._group, self.scales)
         return y.view(*x.shape[:-1], -1)
 
@@ -71,7 +72,8 @@ def tile_layout(weight: Tensor) -> Layout | None:
     if inner.keys() != {"qdata", "scale_and_zero"}:
         return None
     tiles, scales = inner["qdata"], inner["scale_and_zero"]
-    if (8 * len(tiles), _columns(tiles)) != weight.shape:
+    usual = tiles.shape[2:] == (32, 4) and tiles.is_contiguous() and torch.version.hip is None
+    if not usual or (8 * len(tiles), _columns(tiles)) != weight.shape:
         return None
     return TileLinear, (tiles, scales.transpose(0, 1))
 
@@ -88,7 +90,7 @@ def row_layout(weight: Tensor) -> Layout | None:
         return None
     from mytune.generation.row_triton import fits
 
-    if type(weight) is nn.Parameter:
+    if type(weight) is nn.Parameter and weight.is_floating_point():
         return (RowLinear, (weight.detach(),)) if fits(weight) else None
     parts = numbers_and_scale(weight, KINDS)
     return (RowLinear, parts) if parts and fits(parts[0]) else None

@@ -15,9 +15,9 @@ from torch import Tensor
 
 # Rows and columns that a program reads at once, and its warps: the fastest of tests/gpu/rows.py.
 _ROWS, _COLUMNS, _WARPS = 2, 2048, 4
-# The same for integers, always in 4 rows. Not measured yet.
+# The same for integers and x in bfloat16, always 4 rows. Not measured yet.
 _INT8_COLUMNS, _INT8_WARPS = 2048, 4
-# A byte in bits 8 to 15 of a float32 is added to it, if that is 2^15: conversions of integers are
+# 2^15 as a float32: a byte that is put into its bits 8 to 15 is added to it. Converting integers is
 # slow. It is an argument, as a constant would cost an instruction each time.
 _2_TO_15 = 0x47000000
 
@@ -47,19 +47,31 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def low(pair):  # type: ignore[no-untyped-def]
+    """Return the first of two bfloat16 numbers in 32 bits."""
+    return (pair << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def high(pair):  # type: ignore[no-untyped-def]
+    """Return the second of two bfloat16 numbers in 32 bits."""
+    return (pair & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _number(word, power):  # type: ignore[no-untyped-def]
     """Return the number in bits 8 to 15, of which 0 to 255 stand for -128 to 127."""
     return (word & 0xFF00 | power).to(tl.float32, bitcast=True) - (32768 + 128)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add(total, words, x0, x1, x2, x3, power):  # type: ignore[no-untyped-def]
-    """Add the products of words of 4 bytes with what their bytes are multiplied with."""
+def _add(total, words, x01, x23, power):  # type: ignore[no-untyped-def]
+    """Add the products of words of 4 bytes with pairs of x."""
     words = tl.load(words) ^ -0x7F7F7F80  # 0x80808080
-    total += _number(words << 8, power) * x0
-    total += _number(words, power) * x1
-    total += _number(words >> 8, power) * x2
-    return total + _number(words >> 16, power) * x3
+    total += _number(words << 8, power) * low(x01)
+    total += _number(words, power) * high(x01)
+    total += _number(words >> 8, power) * low(x23)
+    return total + _number(words >> 16, power) * high(x23)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -84,14 +96,12 @@ def _int8_product(  # type: ignore[no-untyped-def]
     total1, total2, total3 = total0, total0, total0
     for start in range(0, WORDS, COLUMNS // 4):
         w = weight + row.to(tl.int64) * WORDS + start + word
-        x0 = tl.load(x + 4 * (start + word)).to(tl.float32)
-        x1 = tl.load(x + 4 * (start + word) + 1).to(tl.float32)
-        x2 = tl.load(x + 4 * (start + word) + 2).to(tl.float32)
-        x3 = tl.load(x + 4 * (start + word) + 3).to(tl.float32)
-        total0 = _add(total0, w, x0, x1, x2, x3, power)
-        total1 = _add(total1, w + WORDS, x0, x1, x2, x3, power)
-        total2 = _add(total2, w + 2 * WORDS, x0, x1, x2, x3, power)
-        total3 = _add(total3, w + 3 * WORDS, x0, x1, x2, x3, power)
+        four = tl.load(x + start + word)
+        x01, x23 = four.to(tl.int32), (four >> 32).to(tl.int32)
+        total0 = _add(total0, w, x01, x23, power)
+        total1 = _add(total1, w + WORDS, x01, x23, power)
+        total2 = _add(total2, w + 2 * WORDS, x01, x23, power)
+        total3 = _add(total3, w + 3 * WORDS, x01, x23, power)
     _store(out + row, total0, scale + row)
     _store(out + row + 1, total1, scale + row + 1)
     _store(out + row + 2, total2, scale + row + 2)
@@ -99,14 +109,20 @@ def _int8_product(  # type: ignore[no-untyped-def]
 
 
 def fits(weight: Tensor) -> bool:
-    """Say whether a weight [out, in] of 8-bit or wider numbers can be given to `row_product`."""
+    """Say whether a weight [out, in] of floats or 8-bit integers can be given to `row_product`."""
     is_float8 = weight.itemsize == 1 and weight.is_floating_point()
     if is_float8 and torch.cuda.get_device_capability(weight.device) < (8, 9):
         return False
     rows, columns = _tile(weight)
-    if weight.dtype is torch.int8:
-        rows = 4
-    return columns >= 256 and len(weight) % rows == 0 and weight.is_contiguous()
+    if weight.dtype is torch.int8:  # read as words
+        rows = 4 if weight.storage_offset() % 4 == 0 else 0
+    return columns >= 256 and rows > 0 and len(weight) % rows == 0 and weight.is_contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return a row of numbers of 16 bits, [in], that can be read as words of 64."""
+    x = x.reshape(-1).contiguous()
+    return x.clone() if x.storage_offset() % 4 else x
 
 
 def _tile(weight: Tensor) -> tuple[int, int]:
@@ -122,13 +138,13 @@ def row_product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tenso
     Args:
         x: one row, [..., in].
         weight: [out, in], one that `fits`.
-        scale: multiplies each output, [out]; integers must have it.
+        scale: multiplies each output, [out].
     """
     out = x.new_empty((*x.shape[:-1], len(weight)))
     with torch.cuda.device_of(x):
-        if weight.dtype is torch.int8:
+        if weight.dtype is torch.int8 and x.dtype is torch.bfloat16 and scale is not None:
             _int8_product[(len(weight) // 4,)](
-                x.contiguous(),
+                aligned(x).view(torch.int64),
                 weight.view(torch.int32),
                 scale,
                 out,

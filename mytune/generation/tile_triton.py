@@ -14,27 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mytune.generation.row_triton import aligned, high, low
+
 _COLUMNS = 1024  # that a program reads at once: every width in tiles is a multiple
 # A program has 4 tiles, which share what is done to x, if so many programs are left; else 2 or 1.
 # Not measured yet: tests/gpu/rows.py tries some.
 _PROGRAMS, _WARPS = 256, 4
 
-# A number in bits 12 to 15 of a float32 is added to it, if that is 2^11; in bits 16 to 19, if it is
-# 2^7: conversions of integers are slow. They are arguments, as constants would cost an instruction
-# each time.
+# Powers of 2 as float32: a number that is put into bits 12 to 15 of 2^11, or into bits 16 to 19 of
+# 2^7, is added to it. Converting integers is slow. They are arguments, as constants would cost an
+# instruction each time.
 _2_TO_11, _2_TO_7 = 0x45000000, 0x43000000
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _low(pair):  # type: ignore[no-untyped-def]
-    """Return the first of two bfloat16 numbers in 32 bits."""
-    return (pair << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _high(pair):  # type: ignore[no-untyped-def]
-    """Return the second of two bfloat16 numbers in 32 bits."""
-    return (pair & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -51,24 +41,26 @@ def _at_16(words, power):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add(total, words, scales, x0, x8, x16, x24, p11, p7, excess, sum_of_x):  # type: ignore[no-untyped-def]
-    """Add the products of a tile's words with pairs of x."""
+    """Add the products of a tile's words with pairs of x; `total` and `sum_of_x` say the scales."""
     words, scale_and_zero = tl.load(words), tl.load(scales)
-    dot = _at_16(words << 16, p7) * _low(x0) - excess
-    dot += _at_12(words << 8, p11) * _low(x8)
-    dot += _at_16(words << 8, p7) * _low(x16)
-    dot += _at_12(words, p11) * _low(x24)
-    dot += _at_16(words, p7) * _high(x0)
-    dot += _at_12(words >> 8, p11) * _high(x8)
-    dot += _at_16(words >> 8, p7) * _high(x16)
-    dot += _at_12(words >> 16, p11) * _high(x24)
-    return total + _low(scale_and_zero) * tl.sum(dot, 1) + _high(scale_and_zero) * sum_of_x
+    dot = _at_16(words << 16, p7) * low(x0) - excess
+    dot += _at_12(words << 8, p11) * low(x8)
+    dot += _at_16(words << 8, p7) * low(x16)
+    dot += _at_12(words, p11) * low(x24)
+    dot += _at_16(words, p7) * high(x0)
+    dot += _at_12(words >> 8, p11) * high(x8)
+    dot += _at_16(words >> 8, p7) * high(x16)
+    dot += _at_12(words >> 16, p11) * high(x24)
+    if total.shape[1] == 1:
+        dot = tl.sum(dot, 1, keep_dims=True)
+    return total + low(scale_and_zero) * dot + high(scale_and_zero) * sum_of_x
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store(out, total, ROW: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store the sums of a tile's 8 rows, of which each has ROW in 128 columns."""
-    rows = tl.sum(tl.sum(tl.reshape(total, (total.shape[0] // 8 // ROW, 8, ROW)), 2), 0)
-    tl.store(out + tl.arange(0, 8), rows.to(out.dtype.element_ty))
+def _store(out, total):  # type: ignore[no-untyped-def]
+    """Store the sums of a tile's 8 rows; 4 lanes side by side hold one."""
+    lanes = tl.reshape(tl.sum(total, 1), (total.shape[0] // 32, 8, 4))
+    tl.store(out + tl.arange(0, 8), tl.sum(tl.sum(lanes, 2), 0).to(out.dtype.element_ty))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -85,42 +77,41 @@ def _product(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    SHARE: tl.constexpr = min(GROUP, 128) // 32  # words side by side that have one scale
+    # A lane's words have one scale, or one each.
+    SCALES: tl.constexpr = 1 if GROUP >= 128 else 4
     tile = tl.program_id(0) * TILES
-    span = tl.arange(0, COLUMNS // SHARE)
-    word = span[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    lane = tl.arange(0, COLUMNS // 4)[:, None]
+    word = lane * 4 + tl.arange(0, 4)[None, :]
     pair = word // 128 * 64 + word % 4 * 16 + word // 4 % 4
-    first = span * SHARE
-    column = first // 128 * 128 + first % 4 * 32
-    total0 = tl.zeros((COLUMNS // SHARE,), tl.float32)
+    column = lane // 32 * 128 + tl.arange(0, SCALES)[None, :] * 32
+    total0 = tl.zeros((COLUMNS // 4, SCALES), tl.float32)
     total1, total2, total3 = total0, total0, total0
     for start in range(0, WIDTH, COLUMNS):
         w = tiles + tile.to(tl.int64) * WIDTH + start + word
-        s = scales + (start + column) // GROUP * HEIGHT + tile * 8 + first // 16 % 8
+        s = scales + (start + column) // GROUP * HEIGHT + tile * 8 + lane // 4 % 8
         x0 = tl.load(x + start // 2 + pair)
         x8 = tl.load(x + start // 2 + pair + 4)
         x16 = tl.load(x + start // 2 + pair + 8)
         x24 = tl.load(x + start // 2 + pair + 12)
-        at_12 = _low(x8) + _high(x8) + _low(x24) + _high(x24)
-        at_16 = _low(x0) + _high(x0) + _low(x16) + _high(x16)
+        at_12 = low(x8) + high(x8) + low(x24) + high(x24)
+        at_16 = low(x0) + high(x0) + low(x16) + high(x16)
         excess = (2048 + 8) * at_12 + (128 + 8) * at_16  # 0 to 15 stand for -8 to 7
-        sum_of_x = tl.sum(at_12 + at_16, 1)
+        sum_of_x = at_12 + at_16
+        if SCALES == 1:
+            sum_of_x = tl.sum(sum_of_x, 1, keep_dims=True)
         total0 = _add(total0, w, s, x0, x8, x16, x24, p11, p7, excess, sum_of_x)
         if TILES > 1:
             total1 = _add(total1, w + WIDTH, s + 8, x0, x8, x16, x24, p11, p7, excess, sum_of_x)
         if TILES > 2:
-            total2 = _add(
-                total2, w + 2 * WIDTH, s + 16, x0, x8, x16, x24, p11, p7, excess, sum_of_x
-            )
-            total3 = _add(
-                total3, w + 3 * WIDTH, s + 24, x0, x8, x16, x24, p11, p7, excess, sum_of_x
-            )
-    _store(out + tile * 8, total0, 16 // SHARE)
+            w, s = w + 2 * WIDTH, s + 16
+            total2 = _add(total2, w, s, x0, x8, x16, x24, p11, p7, excess, sum_of_x)
+            total3 = _add(total3, w + WIDTH, s + 8, x0, x8, x16, x24, p11, p7, excess, sum_of_x)
+    _store(out + tile * 8, total0)
     if TILES > 1:
-        _store(out + tile * 8 + 8, total1, 16 // SHARE)
+        _store(out + tile * 8 + 8, total1)
     if TILES > 2:
-        _store(out + tile * 8 + 16, total2, 16 // SHARE)
-        _store(out + tile * 8 + 24, total3, 16 // SHARE)
+        _store(out + tile * 8 + 16, total2)
+        _store(out + tile * 8 + 24, total3)
 
 
 @torch.library.custom_op("mytune::tile_product", mutates_args=())
@@ -138,7 +129,7 @@ def tile_product(x: Tensor, tiles: Tensor, scales: Tensor) -> Tensor:
     out = x.new_empty((*x.shape[:-1], 8 * count))
     with torch.cuda.device_of(x):
         _product[(count // together,)](
-            x.contiguous().view(torch.int32),
+            aligned(x).view(torch.int32),
             tiles,
             scales.view(torch.int32),
             out,

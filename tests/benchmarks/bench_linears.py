@@ -56,7 +56,7 @@ def measure_shape(kind: str, out: int, width: int, quick: bool) -> Iterator[Row]
         quantize_(plain, CONFIGS[kind])
     else:
         plain.to(KINDS[kind])
-    packed = [packed_linear(linear.weight, 1) or linear for linear in plain]
+    packed = [packed_linear(linear.weight, 1, 1) or linear for linear in plain]
     for rows in ROWS[:2] if quick else ROWS:
         x = torch.randn(rows, width, dtype=KINDS[kind])
         seconds: dict[str, list[float]] = {"plain": [], "packed": []}

@@ -18,3 +18,21 @@ def tiles_of(numbers: Tensor) -> Tensor:
             row, first = lane // 4, 2 * (lane % 4)
             tiles[:, :, lane] |= blocks[:, row, :, :, first + column] << 4 * place
     return tiles.int()
+
+
+def weight_of(tiles: Tensor, scales: Tensor) -> Tensor:
+    """Return the weight [out, in] that tiles hold, in float64.
+
+    Args:
+        scales: scale and zero of each group of a row, [in / group, out, 2].
+    """
+    heights, blocks = tiles.shape[:2]
+    numbers = torch.zeros(heights, 8, blocks, 4, 32, dtype=torch.double, device=tiles.device)
+    for lane in range(32):
+        for place, column in enumerate(COLUMNS):
+            row, first = lane // 4, 2 * (lane % 4)
+            numbers[:, row, :, :, first + column] = (tiles[:, :, lane] >> 4 * place & 15).double()
+    numbers = numbers.view(8 * heights, 128 * blocks)
+    group = numbers.shape[1] // len(scales)
+    scale, zero = scales.double().repeat_interleave(group, 0).unbind(-1)
+    return (numbers - 8) * scale.T + zero.T

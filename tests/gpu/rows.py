@@ -103,20 +103,22 @@ def seconds(calls: Sequence[Callable[[], object]]) -> float:
     return min(spent[1:])
 
 
+def show(*what: object) -> None:
+    """Print sizes and what they take, at once."""
+    print(*what, flush=True)
+
+
 def main() -> int:
     """Print what each size of the kernels' programs takes."""
     if not HERE or DEVICE.type != "cuda":
         print(f"nothing was measured: {NO_CUDA}")
         return 5
-    for number, size in enumerate(SIZES):
-        row_triton._ROWS, row_triton._COLUMNS, row_triton._WARPS = size
-        of_int8 = INT8_SIZES[number % len(INT8_SIZES)]
-        row_triton._INT8_COLUMNS, row_triton._INT8_WARPS = of_int8
-        for row in measure_rows():
-            print(size, of_int8, row, flush=True)
+    for row_triton._ROWS, row_triton._COLUMNS, row_triton._WARPS in SIZES:
+        show("rows", row_triton._ROWS, row_triton._COLUMNS, row_triton._WARPS, measure_rows())
+    for row_triton._INT8_COLUMNS, row_triton._INT8_WARPS in INT8_SIZES:
+        show("int8", row_triton._INT8_COLUMNS, row_triton._INT8_WARPS, measure_rows())
     for tile_triton._PROGRAMS, tile_triton._WARPS in TILE_SIZES:
-        for row in measure_tiles():
-            print((tile_triton._PROGRAMS, tile_triton._WARPS), row, flush=True)
+        show("tiles", tile_triton._PROGRAMS, tile_triton._WARPS, measure_tiles())
     return 0
 
 

@@ -14,6 +14,7 @@ from mytune.generation.reading import CachedReader, StaticReader
 from mytune.generation.row_linear import RowLinear, TileLinear
 from mytune.models.llama3_2 import llama3_2_1b
 from tests.generation.conftest import VARIED
+from tests.generation.tiles import tiles_of, weight_of
 from tests.hf import twins
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -84,6 +85,9 @@ def test_a_step_waits_for_the_device_only_to_read_the_token(model):
         torch.cuda.set_sync_debug_mode("default")
 
 
+WIDTHS = ("Int8", "Float8", "Int4")
+
+
 def wide(kind):
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8}
     model = twins(**sizes)[0].to("cuda", torch.bfloat16).requires_grad_(False)
@@ -92,7 +96,7 @@ def wide(kind):
     return model
 
 
-@pytest.mark.parametrize("kind", [None, "Int8WeightOnlyQuantizer", "Float8WeightOnlyQuantizer"])
+@pytest.mark.parametrize("kind", [None, *(f"{name}WeightOnlyQuantizer" for name in WIDTHS)])
 def test_packed_linears_are_as_exact(kind):
     """One row by the kernel, more by plain products: no further from float32 than those of torch's.
 
@@ -100,7 +104,7 @@ def test_packed_linears_are_as_exact(kind):
     """
     plain, packed, exact = wide(kind), wide(kind), twins_of_numbers(kind)
     pack_linears(packed)
-    count = sum(isinstance(module, RowLinear) for module in packed.modules())
+    count = sum(isinstance(module, RowLinear | TileLinear) for module in packed.modules())
     assert count == 4 * len(packed.layers) + 1
     for tokens in (torch.tensor([[5]]), torch.tensor([[7, 80, 9, 3, 11]])):
         expected = exact(tokens.cuda())
@@ -108,15 +112,19 @@ def test_packed_linears_are_as_exact(kind):
         assert ours < 1.25 * theirs + 1e-3 * expected.norm()
 
 
-def test_packed_4_bit_linears_are_torchaos():
-    """Tiles of several weights side by side, by the same kernel."""
-    plain, packed = wide("Int4WeightOnlyQuantizer"), wide("Int4WeightOnlyQuantizer")
-    pack_linears(packed)
-    count = sum(isinstance(module, TileLinear) for module in packed.modules())
-    assert count == 4 * len(packed.layers) + 1
-    for tokens in (torch.tensor([[5]]), torch.tensor([[7, 80, 9, 3, 11]])):
-        expected = plain(tokens.cuda())
-        assert (packed(tokens.cuda()) - expected).norm() < 0.01 * expected.norm()
+@pytest.mark.parametrize(("group", "tiles"), [(32, 131), (64, 512), (128, 1024), (256, 131)])
+def test_a_row_times_torchs_tiles(group, tiles):
+    from mytune.generation.tile_triton import tile_product
+
+    numbers = torch.randint(0, 16, (8 * tiles, 2048))
+    pairs = (numbers[:, ::2] << 4 | numbers[:, 1::2]).to(torch.uint8)
+    theirs = torch._convert_weight_to_int4pack(pairs.cuda(), 8)
+    assert torch.equal(theirs.cpu(), tiles_of(numbers))
+    scales = torch.randn(2048 // group, len(numbers), 2, device="cuda").bfloat16()
+    x = torch.randn(1, 1, 2048, device="cuda").bfloat16()
+    expected = x.double() @ weight_of(theirs, scales).T
+    found = tile_product(x, theirs, scales).double()
+    assert (found - expected).norm() < 3e-3 * expected.norm()
 
 
 def twins_of_numbers(kind):
@@ -124,7 +132,12 @@ def twins_of_numbers(kind):
     model = wide(kind)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and kind:
-            module.weight = torch.nn.Parameter(module.weight.dequantize().float())
+            weight = module.weight
+            if kind == "Int4WeightOnlyQuantizer":
+                exact = weight_of(weight.qdata, weight.scale_and_zero)
+            else:
+                exact = weight.dequantize()
+            module.weight = torch.nn.Parameter(exact.float())
     return model.float()
 
 

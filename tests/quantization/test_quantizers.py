@@ -172,7 +172,7 @@ def test_rounded_inputs_are_torchaos():
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     x = torch.cat([torch.zeros(1, 96), torch.eye(96)[:1] * 3, torch.randn(5, 96) * 1e3])
     for rows in (x, x[1:2], x[:, None], x.T.contiguous().T):
-        found = packed_linear(model[0].weight, 1)(rows)
+        found = packed_linear(model[0].weight, 1, 1)(rows)
         torch.testing.assert_close(found, model(rows), rtol=1e-6, atol=0)
 
 
@@ -187,7 +187,7 @@ def test_rounded_inputs_are_torchaos():
 def test_inputs_that_are_rounded_otherwise_are_left_to_torchao(config):
     model = nn.Sequential(nn.Linear(64, 64, bias=False)).to(BF16)
     quantize_(model, config)
-    assert packed_linear(model[0].weight, 1) is None
+    assert packed_linear(model[0].weight, 1, 1) is None
 
 
 @pytest.mark.parametrize(("hidden", "compiles"), [(80, True), (88, False)])

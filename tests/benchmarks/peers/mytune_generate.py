@@ -20,7 +20,8 @@ def main(settings: dict) -> None:
     weights = FullModelHFCheckpointer(settings["model"]).weights(model.config)
     load_weights(model, weights, torch.device("cpu"), getattr(torch, settings["dtype"]))
     prompts, new_tokens = settings["prompts"], settings["new_tokens"]
-    pack_linears(model, len(prompts) * (1 + len(prompts[0]) // new_tokens))
+    rows = len(prompts)
+    pack_linears(model, rows, tokens_per_pass=rows + rows * len(prompts[0]) // new_tokens)
     flat, turns = flatness(model, prompts), Turns()
     ids: list[list[int]] = []
     while True:
