@@ -126,10 +126,11 @@ def main(cfg: Config) -> None:
         log.info("Running evaluation on the following tasks: %s", list(cfg.tasks))
         earlier = read_results(cfg.compare, tasks["tasks"]) if cfg.compare and not base else None
 
+        tokenizers = [tokenizer, *([base_tokenizer(cfg, tokenizer)] if base else [])]
         with torch.device("meta"):
             models = [instantiate(cfg.model), *([base_model(cfg)] if base else [])]
-        for each in models:
-            check_vocabulary(tokenizer, each.config.vocab_size)
+        for each, its in zip(models, tokenizers, strict=True):
+            check_vocabulary(its, each.config.vocab_size)
             positions = each.config.max_seq_len
             if (cfg.max_seq_length or 0) > positions:
                 log.warning("max_seq_length: %d, all positions that the model has", positions)
@@ -139,7 +140,7 @@ def main(cfg: Config) -> None:
         if base:
             write_results(cfg.output_dir, results, config_yaml(cfg))  # what comes may fail
             log.info("Results so far are in %s; evaluating %s", cfg.output_dir, cfg.compare)
-            earlier = measure(cfg, models.pop(), base, tokenizer, tasks, device, dtype)
+            earlier = measure(cfg, models.pop(), base, tokenizers[1], tasks, device, dtype)
         report(cfg, results, earlier, again=bool(base))
 
 
@@ -174,6 +175,14 @@ def base_model(cfg: Config) -> Decoder:
     else:
         base = instantiate(cfg.model)
     return Decoder(base.config) if adapter_state(base) else base
+
+
+def base_tokenizer(cfg: Config, tokenizer: ModelTokenizer) -> ModelTokenizer:
+    """Return the base's tokenizer: from its own files, if its directory has some of these names."""
+    names = {key: Path(str(cfg.tokenizer.get(key))).name for key in ("path", "special_tokens_path")}
+    files = {key: Path(str(cfg.compare)).expanduser() / name for key, name in names.items()}
+    own = {key: str(file) for key, file in files.items() if file.is_file()}
+    return instantiate({**cfg.tokenizer, **own}) if own else tokenizer
 
 
 def measure(

@@ -135,6 +135,8 @@ def main(cfg: Config) -> int:
     if max(map(len, prompts)) + cfg.max_new_tokens > model.config.max_seq_len:
         log.warning("the text will end at the model's %d positions", model.config.max_seq_len)
 
+    warn_of_special_tokens(rows, tokenizer)
+
     model = load_for_inference(model, checkpointer, device, dtype, quantizer=quantizer)
     streamed = cfg.prompt_file is None and cfg.num_samples == 1 and not cfg.logprobs
     # Prompts are read in one pass over the weights, then each of the new tokens takes one.
@@ -263,6 +265,17 @@ def tokenize_row(row: Any, tokenizer: ModelTokenizer) -> list[int]:
     raise DataError(
         f'a row is an object with "prompt", "messages", or "user" and perhaps "system"{found}'
     )
+
+
+def warn_of_special_tokens(rows: list[dict[str, Any]], tokenizer: ModelTokenizer) -> None:
+    """Say so if prompts have names of special tokens, which are text in them."""
+    texts = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
+    if found := [name for name in tokenizer.special_tokens if any(name in text for text in texts)]:
+        log.warning(
+            "prompt: %s is read as text, and not as a special token: a chat is prompt.user=... "
+            "and prompt.system=..., or a row's messages",
+            found[0],
+        )
 
 
 def check_row(row: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
+from mytune._interrupts import ctrl_c_ends_at_once
 from mytune.cli import registry
 from mytune.cli.parser import Parser
 from mytune.cli.report import open_streams, report, say, take_debug
@@ -154,6 +155,7 @@ def _check_method(recipe: str, loaded: LoadedConfig) -> list[str]:
     ]
 
 
+@ctrl_c_ends_at_once()
 def load(job: Job) -> LoadedConfig:
     """Return the config, and print on stderr what the user should know about it.
 
@@ -209,6 +211,7 @@ def _prepare_torch() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
+@ctrl_c_ends_at_once()
 def _import_recipe(file: Path) -> ModuleType:
     """Import a recipe under its own name, with its folder on the path, so that pickles find it."""
     import importlib.util

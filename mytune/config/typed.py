@@ -67,7 +67,8 @@ def _expected(field: Field, value: Any) -> str:
         near = did_you_mean(str(value), re.findall(r"'([^']*)'", choices))
         return f"one of {choices}{null}{near}"
     one = field.kind.startswith("list") and isinstance(value, str | int | float)
-    example = f"; write [{value}]" if one else ""
+    is_word = re.fullmatch(r"[\w./-]+", str(value))  # what else YAML would read otherwise
+    example = (f"; write [{value}]" if is_word else f'; write ["{value}"]') if one else ""
     left = "; leave the key out for its default" if value is None and not field.required else ""
     return in_words(field.kind) + null + example + left
 

@@ -24,7 +24,7 @@ from mytune.training.distributed import rank
 log = logging.getLogger("mytune")
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
-SAMPLES = "evaluation_samples.jsonl"
+SAMPLES, BASE_SAMPLES = "evaluation_samples.jsonl", "evaluation_samples_base.jsonl"
 # Keys of the recipe that change scores, and that the harness's results do not tell.
 _SETTINGS = (
     "chat_template fewshot_as_multiturn system_instruction max_seq_length dtype seed".split()
@@ -132,8 +132,9 @@ def write_results(
 ) -> dict[str, Path]:
     """Write `evaluation.json` and `evaluation.md`, on rank 0 only; return their paths by name.
 
-    If there are samples, `evaluation_samples.jsonl` has them, one to a line. Files of earlier runs
-    stay, under names with a number.
+    If there are samples, `evaluation_samples.jsonl` has them, one to a line, and
+    `evaluation_samples_base.jsonl` those of the base. Files of earlier runs stay, under names with
+    a number.
 
     Args:
         config: YAML of the recipe's config, to be kept with the results.
@@ -148,8 +149,9 @@ def write_results(
     kept = {name: results[name] for name in _KEPT if name in results}
     held = {**kept, "base": base and base["results"], "config": config, "software": software}
     written = {"results": folder / JSON, "summary": folder / MARKDOWN}
-    if "samples" in results:
-        written["samples"] = folder / SAMPLES
+    samples = {"samples": (results, SAMPLES), "samples of the base": (base or {}, BASE_SAMPLES)}
+    of_documents = {what: source for what, source in samples.items() if "samples" in source[0]}
+    written |= {what: folder / name for what, (_, name) in of_documents.items()}
     text = json.dumps(held, indent=2, ensure_ascii=False, default=float)
     if not again:
         _keep(written.values())
@@ -160,8 +162,8 @@ def write_results(
     told = ", ".join(f"{name} {number}" for name, number in software.items())
     parts += ["## Config", f"```yaml\n{config.strip()}\n```", f"Made with {told}."]
     write_atomic(written["summary"], ("\n\n".join(parts) + "\n").encode())
-    if "samples" in results:
-        write_atomic(written["samples"], "".join(_lines(results["samples"])).encode())
+    for what, (measured_one, _) in of_documents.items():
+        write_atomic(written[what], "".join(_lines(measured_one["samples"])).encode())
     return written
 
 

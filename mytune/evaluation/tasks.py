@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mytune._interrupts import ctrl_c_ends_at_once
 from mytune.errors import (
     ConfigError,
     DataError,
@@ -165,6 +166,9 @@ def fault_of_task(error: Exception) -> DataError | None:
             f"lm_eval cannot score these tasks: {why}; does each metric fit its output_type?"
         )
     name = task.get_config("task")
+    if str(error).startswith("Sample larger than population"):
+        shots = task.get_config("num_fewshot")
+        return DataError(f"task {name}: num_fewshot is {shots}, and it has fewer examples to show")
     return DataError(f"task {name}: lm_eval can make nothing of {_shown(doc)}: {why}")
 
 
@@ -184,7 +188,8 @@ def _manager(
     names: Sequence[str], include_path: str | Path | None, prefix: str = ""
 ) -> TaskManager:
     """Return the index of all tasks, or of the user's alone if that suffices: it takes no time."""
-    from lm_eval.tasks import TaskManager
+    with ctrl_c_ends_at_once():
+        from lm_eval.tasks import TaskManager
 
     folder = None if include_path is None else os.path.realpath(os.path.expanduser(include_path))
     if folder is not None:
@@ -228,6 +233,9 @@ def _load(manager: TaskManager, name: str, prefix: str = "") -> Tasks:
         return dict(manager.load([name]))
     except Exception as error:
         reason = _reason(error)
+        if missing := _unknown_members(manager, name):
+            near = did_you_mean(missing[0], manager.all_tasks, most=3)
+            reason = f"it is a group of tasks, and lm_eval has no {missing[0]}{near}"
         if isinstance(error, StopIteration):
             reason = "there are no rows"
         if isinstance(error, KeyError):
@@ -240,6 +248,15 @@ def _load(manager: TaskManager, name: str, prefix: str = "") -> Tasks:
                 f"{prefix}include_path"
             ) from error
         raise DataError(f"task {name}: cannot be loaded: {reason}") from error
+
+
+def _unknown_members(manager: TaskManager, name: str) -> list[str]:
+    """Return the tasks that a group names and that there are not."""
+    entry = manager.task_index.get(name)
+    listed = (entry.cfg or {}).get("task") if entry else None
+    members = listed if isinstance(listed, list) else []
+    names = [each.get("task") if isinstance(each, dict) else each for each in members]
+    return [each for each in names if isinstance(each, str) and each not in manager.task_index]
 
 
 def _set_fewshot(task: Any, number: int | None) -> None:
