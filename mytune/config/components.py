@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mytune._interrupts import ctrl_c_ends_at_once
 from mytune._lazy import import_quietly
 from mytune.config.torchtune import our_name
 from mytune.config.types import KEY
@@ -191,6 +192,7 @@ def _another_kind(name: str, found: Any) -> str | None:
     return f"is no class of these: {wanted}; --allow-component {prefix} lets it in"
 
 
+@ctrl_c_ends_at_once()
 def _import_module(name: str) -> tuple[ModuleType, list[str]]:
     """Import the longest part of `name` that is a module; return it and the attributes left."""
     parts = name.split(".")

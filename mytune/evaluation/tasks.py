@@ -233,14 +233,14 @@ def _load(manager: TaskManager, name: str, prefix: str = "") -> Tasks:
         return dict(manager.load([name]))
     except Exception as error:
         reason = _reason(error)
-        if missing := _unknown_members(manager, name):
-            near = did_you_mean(missing[0], manager.all_tasks, most=3)
-            reason = f"it is a group of tasks, and lm_eval has no {missing[0]}{near}"
         if isinstance(error, StopIteration):
             reason = "there are no rows"
         if isinstance(error, KeyError):
             unknown = "a metric of its metric_list is unknown, and has no aggregation of its own"
             reason = unknown if error.args == (None,) else f"there is no {reason}"
+        if missing := _unknown_members(manager, name):
+            near = did_you_mean(missing[0], manager.all_tasks, most=3)
+            reason = f"it is a group of tasks, and lm_eval has no {missing[0]}{near}"
         if is_network(error):
             raise UnreachableError(
                 f"task {name}: its data cannot be downloaded: {reason}; check the network "

@@ -237,6 +237,26 @@ def test_a_base_of_other_sizes_is_compared_with(tune, tmp_path):
     assert both["base"]["choice"] == alone["results"]["choice"] != both["results"]["choice"]
 
 
+def test_a_base_is_read_with_its_own_tokenizer_and_its_samples_are_kept(tune, base, tmp_path):
+    other, theirs = tmp_path / "other", tmp_path / "out" / "evaluation_samples.jsonl"
+    tiny_llama(**SIZES_OF).save_pretrained(other)
+    tokens = [line.split()[0] for line in (base / "tokenizer.model").read_bytes().splitlines()]
+    tokens[97:107], tokens[107:117] = tokens[107:117], tokens[97:107]
+    lines = [token + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (other / "tokenizer.model").write_bytes(b"".join(lines))
+    both, _, err = tune("--compare", str(other), "log_samples=true")
+    kept = theirs.with_stem("evaluation_samples_base")
+    assert f"samples of the base: {kept}" in err
+    of_the_base = kept.read_text()
+    words = [f"{key}.checkpoint_dir={other}" for key in ("checkpointer", "model")]
+    words += [f"tokenizer.path={other / 'tokenizer.model'}", "log_samples=true"]
+    alone, _, _ = tune(*words)
+    assert both["base"]["choice"] == alone["results"]["choice"]
+    assert of_the_base == theirs.read_text()
+    tune(*words, f"tokenizer.path={base / 'tokenizer.model'}")
+    assert of_the_base != theirs.read_text()
+
+
 def test_a_base_that_cannot_be_built_is_told_before_anything_is_measured(tune, base, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(base, other)
@@ -452,6 +472,12 @@ OWN = {
         3,
         "task nothing known: cannot be loaded: a metric of its metric_list is unknown",
     ),
+    "group": (
+        {"group": "group", "task": ["choise"]},
+        3,
+        "it is a group of tasks, and lm_eval has no choise",
+    ),
+    "examples": ({"num_fewshot": 50}, 3, "num_fewshot is 50, and it has fewer examples to show"),
     "split": ({"test_split": "tst"}, 3, "task split: cannot be loaded: there is no 'tst'"),
     "empty": ({"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}}, 3, "there are no rows"),
 }
@@ -464,7 +490,8 @@ def test_mistakes_in_a_task_of_ones_own_are_told(tune, tasks_folder, tmp_path, m
     change, code, message = OWN[name]
     task = yaml.safe_load((tasks_folder / "choice.yaml").read_text())
     Path("own").mkdir()
-    Path(f"own/{name}.yaml").write_text(yaml.safe_dump({**task, "task": name, **change}))
+    whole = {} if "group" in change else {**task, "task": name}
+    Path(f"own/{name}.yaml").write_text(yaml.safe_dump({**whole, **change}))
     _, out, err = tune(f"tasks=[{name}]", "include_path=own", code=code)
     assert re.search(message, err.splitlines()[-1]), err
     assert out == ""

@@ -234,6 +234,14 @@ def test_prompts_of_a_file_are_answered_in_batches(tune, base, tmp_path):
     assert re.fullmatch(FIGURES[0], err.splitlines()[-2])
 
 
+def test_names_of_special_tokens_in_a_prompt_are_told_as_text(tune):
+    out, err = tune("prompt=user<|eot_id|>", "max_new_tokens=1")
+    assert "warning: prompt: <|eot_id|> is read as text" in err
+    assert out.startswith("user<|eot_id|>")
+    _, err = tune("prompt=user", "max_new_tokens=1")
+    assert "warning" not in err
+
+
 def test_samples_and_logprobs_come_as_json_lines(tune, base):
     warm = ("prompt=Hello", "temperature=1.0", "num_samples=3", "logprobs=true")
     rows = rows_of(tune(*warm)[0])
