@@ -260,7 +260,9 @@ def tokenize_row(row: Any, tokenizer: ModelTokenizer) -> list[int]:
         case {"user": user}:
             if not isinstance(user, str) or not user:
                 raise DataError(f"user is {user!r}, not a text")
-            return tokenize_prompt({"user": user, "system": row.get("system")}, tokenizer)
+            if not isinstance(system := row.get("system"), str | None):
+                raise DataError(f"system is {system!r}, not a text")
+            return tokenize_prompt({"user": user, "system": system}, tokenizer)
     found = f"; this one has {', '.join(row) or 'nothing'}" if isinstance(row, dict) else ""
     raise DataError(
         f'a row is an object with "prompt", "messages", or "user" and perhaps "system"{found}'

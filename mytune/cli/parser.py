@@ -50,4 +50,6 @@ class Parser(argparse.ArgumentParser):
         told = message.replace(", key=value", "")  # which need not be there
         unknown = told.partition("unrecognized arguments: ")[2]
         near = self.near(unknown.split()[0]) if unknown else ""
+        if unknown and any(action.dest == "overrides" for action in self._actions):
+            near = "; settings are key=value, without --" + near
         raise ConfigError(told + (near or f"; see `{self.prog} --help`"))

@@ -57,7 +57,8 @@ def test_wrong_option_is_one_line_and_exit_2(tune):
     code, _, err = tune("ls", "--all")
     assert code == 2 and err == "error: unrecognized arguments: --all; see `tune ls --help`\n"
     code, _, err = tune("validate", "x", "--recip=y")
-    assert err == "error: unrecognized arguments: --recip=y; did you mean '--recipe'?\n"
+    hint = "settings are key=value, without --; did you mean '--recipe'?"
+    assert err == f"error: unrecognized arguments: --recip=y; {hint}\n"
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def test_rows_that_cannot_be_answered_are_listed_before_weights_are_read(tune, t
         (9, "prompt and user: a row has one of them"),
         (10, "system, which goes with user, and not with prompt"),
         (11, "cannot be written as JSON"),
-        (12, "texts"),
+        (12, "system is 5, not a text"),
         (13, "not JSON"),
     ]:
         assert re.search(rf"{re.escape(str(file))}:{row}: .*{why}", err)
