@@ -24,7 +24,10 @@ from mytune.training.distributed import rank
 log = logging.getLogger("mytune")
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
-SAMPLES, BASE_SAMPLES = "evaluation_samples.jsonl", "evaluation_samples_base.jsonl"
+SAMPLES = {
+    "samples": "evaluation_samples.jsonl",
+    "samples of the base": "evaluation_samples_base.jsonl",
+}
 # Keys of the recipe that change scores, and that the harness's results do not tell.
 _SETTINGS = (
     "chat_template fewshot_as_multiturn system_instruction max_seq_length dtype seed".split()
@@ -149,12 +152,15 @@ def write_results(
     kept = {name: results[name] for name in _KEPT if name in results}
     held = {**kept, "base": base and base["results"], "config": config, "software": software}
     written = {"results": folder / JSON, "summary": folder / MARKDOWN}
-    samples = {"samples": (results, SAMPLES), "samples of the base": (base or {}, BASE_SAMPLES)}
-    of_documents = {what: source for what, source in samples.items() if "samples" in source[0]}
-    written |= {what: folder / name for what, (_, name) in of_documents.items()}
+    samples = {
+        what: measured_by["samples"]
+        for what, measured_by in zip(SAMPLES, (results, base or {}), strict=True)
+        if "samples" in measured_by
+    }
+    written |= {what: folder / SAMPLES[what] for what in samples}
     text = json.dumps(held, indent=2, ensure_ascii=False, default=float)
     if not again:
-        _keep(written.values())
+        _keep({*written.values(), *(folder / name for name in SAMPLES.values())})
     write_atomic(written["results"], f"{text}\n".encode())
     parts = ["# Evaluation", results_table(results)]
     if base:
@@ -162,8 +168,8 @@ def write_results(
     told = ", ".join(f"{name} {number}" for name, number in software.items())
     parts += ["## Config", f"```yaml\n{config.strip()}\n```", f"Made with {told}."]
     write_atomic(written["summary"], ("\n\n".join(parts) + "\n").encode())
-    for what, (measured_one, _) in of_documents.items():
-        write_atomic(written[what], "".join(_lines(measured_one["samples"])).encode())
+    for what, documents in samples.items():
+        write_atomic(written[what], "".join(_lines(documents)).encode())
     return written
 
 

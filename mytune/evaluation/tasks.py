@@ -255,8 +255,7 @@ def _unknown_members(manager: TaskManager, name: str) -> list[str]:
     entry = manager.task_index.get(name)
     listed = (entry.cfg or {}).get("task") if entry else None
     members = listed if isinstance(listed, list) else []
-    names = [each.get("task") if isinstance(each, dict) else each for each in members]
-    return [each for each in names if isinstance(each, str) and each not in manager.task_index]
+    return [each for each in members if isinstance(each, str) and each not in manager.task_index]
 
 
 def _set_fewshot(task: Any, number: int | None) -> None:

@@ -253,6 +253,7 @@ def test_a_base_is_read_with_its_own_tokenizer_and_its_samples_are_kept(tune, ba
     alone, _, _ = tune(*words)
     assert both["base"]["choice"] == alone["results"]["choice"]
     assert of_the_base == theirs.read_text()
+    assert kept.with_stem("evaluation_samples_base_1").read_text() == of_the_base
     tune(*words, f"tokenizer.path={base / 'tokenizer.model'}")
     assert of_the_base != theirs.read_text()
 
