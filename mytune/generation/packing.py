@@ -70,8 +70,8 @@ def pack_linears(model: Decoder, rows: int = 1, tokens_per_pass: int | None = No
     names = [name for name, module in model.named_modules() if _is_linear(name, module)]
     for name in names:
         # The head reads the last token of a prompt alone.
-        most = rows if name == "lm_head" else tokens
-        if packed := packed_linear(model.get_parameter(f"{name}.weight"), rows, most):
+        read = rows if name == "lm_head" else tokens
+        if packed := packed_linear(model.get_parameter(f"{name}.weight"), rows, read):
             model.set_submodule(name, packed)
     if model.lm_head is None and type(model.embed_tokens) is nn.Embedding:
         model.lm_head = packed_linear(model.embed_tokens.weight, rows, rows)  # type: ignore[assignment]

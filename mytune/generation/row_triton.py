@@ -113,10 +113,10 @@ def fits(weight: Tensor) -> bool:
     is_float8 = weight.itemsize == 1 and weight.is_floating_point()
     if is_float8 and torch.cuda.get_device_capability(weight.device) < (8, 9):
         return False
+    if weight.dtype is torch.int8 and weight.storage_offset() % 4:  # it is read as words
+        return False
     rows, columns = _tile(weight)
-    if weight.dtype is torch.int8:  # read as words
-        rows = 4 if weight.storage_offset() % 4 == 0 else 0
-    return columns >= 256 and rows > 0 and len(weight) % rows == 0 and weight.is_contiguous()
+    return columns >= 256 and len(weight) % rows == 0 and weight.is_contiguous()
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -127,6 +127,8 @@ def aligned(x: Tensor) -> Tensor:
 
 def _tile(weight: Tensor) -> tuple[int, int]:
     """Return how many rows and columns of a weight a program reads at once."""
+    if weight.dtype is torch.int8:
+        return 4, math.gcd(weight.shape[1], _INT8_COLUMNS)
     columns = math.gcd(weight.shape[1], _COLUMNS)
     return _ROWS * _COLUMNS // columns, columns
 
@@ -140,21 +142,21 @@ def row_product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tenso
         weight: [out, in], one that `fits`.
         scale: multiplies each output, [out].
     """
+    rows, columns = _tile(weight)
     out = x.new_empty((*x.shape[:-1], len(weight)))
     with torch.cuda.device_of(x):
         if weight.dtype is torch.int8 and x.dtype is torch.bfloat16 and scale is not None:
-            _int8_product[(len(weight) // 4,)](
+            _int8_product[(len(weight) // rows,)](
                 aligned(x).view(torch.int64),
                 weight.view(torch.int32),
                 scale,
                 out,
                 _2_TO_15,
                 weight.shape[1] // 4,
-                math.gcd(weight.shape[1], _INT8_COLUMNS),
+                columns,
                 num_warps=_INT8_WARPS,
             )
             return out
-        rows, columns = _tile(weight)
         _product[(len(weight) // rows,)](
             x.contiguous(),
             weight,
