@@ -41,7 +41,7 @@ def _at_16(words, power):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add(total, words, scales, x0, x8, x16, x24, p11, p7, excess, sum_of_x):  # type: ignore[no-untyped-def]
-    """Add the products of a tile's words with pairs of x; `total` and `sum_of_x` say the scales."""
+    """Add the products of a tile's words with pairs of x; `total` has a column for each scale."""
     words, scale_and_zero = tl.load(words), tl.load(scales)
     dot = _at_16(words << 16, p7) * low(x0) - excess
     dot += _at_12(words << 8, p11) * low(x8)
