@@ -1,13 +1,16 @@
-"""The instruments of the benchmarks: processes that take turns, and what their answers become."""
+"""The benchmarks run; their instruments: processes that take turns, and what answers become."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from tests.benchmarks import bench_generation, bench_training
 from tests.benchmarks.common import median_ratio, table, take_turns
+from tests.benchmarks.model import SHAPES, Shape
 
 COUNTER = """
 from tests.benchmarks.peers.turns import Turns
@@ -43,3 +46,20 @@ def test_table_has_a_heading_and_three_digits() -> None:
     assert table([{"name": "x", "speed": 1234.5678, "ratio": 0.12345, "absent": None}]) == (
         "| name | speed | ratio | absent |\n| --- | --- | --- | --- |\n| x | 1,235 | 0.123 | - |"
     )
+
+
+@pytest.mark.parametrize(
+    ("bench", "case"),
+    [(bench_training, ("LoRA", "fp32")), (bench_generation, ("fp32", 2))],
+)
+def test_a_tiny_case_is_measured(
+    bench: ModuleType,
+    case: tuple[str, str | int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", Shape(512, 2, 4, 2, 64, 128))
+    monkeypatch.setattr(bench, "TORCHTUNE_PYTHON", None)
+    rows = list(bench.measure_case(tmp_path, "tiny", *case, turns=1))
+    assert {"mytune", "transformers"} <= {row["library"] for row in rows}
+    assert all(row["tokens/s"] > 0 for row in rows)

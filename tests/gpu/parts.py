@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,20 +131,6 @@ class RandomCheckpointer:
 
     def finish(self) -> None:
         pass
-
-
-class Ids:
-    """In the place of a tokenizer, for rows that are ids already."""
-
-    pad_id = 0
-    bos_id = 1
-    eos_id = 2
-    stop_tokens = (2,)
-    special_tokens: ClassVar[dict[str, int]] = {}
-    chat_template = None
-    max_seq_len = None
-    vocab_size = 0
-    fingerprint = "ids"
 
 
 class Rows:

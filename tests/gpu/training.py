@@ -180,7 +180,7 @@ def config(case: Case, length: int, folder: str) -> dict[str, Any]:
             **arguments(case.sizes),
             **more,
         },
-        "tokenizer": {"_component_": "tests.gpu.parts.Ids"},
+        "tokenizer": {"_component_": "tests.benchmarks.peers.turns.Ids"},
         "checkpointer": {
             "_component_": "tests.gpu.parts.RandomCheckpointer",
             "device": str(DEVICE),

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 # With one thread the two are the same on an idle machine; on a busy one CPU time is what repeats.
 clock = time.process_time if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter
@@ -67,6 +67,10 @@ class Ids:
     """In the place of a tokenizer, for rows that are ids already."""
 
     pad_id = 0
+    bos_id = 1
+    eos_id = 2
+    stop_tokens = (2,)
+    special_tokens: ClassVar[dict[str, int]] = {}
     max_seq_len = None
     vocab_size = 0
     fingerprint = "ids"
