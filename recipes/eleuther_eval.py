@@ -20,6 +20,7 @@ import torch
 from mytune.config import Component, check_may_run, config_yaml, instantiate
 from mytune.errors import ConfigError
 from mytune.evaluation import (
+    KeptAnswers,
     check_batch_size,
     check_limit,
     check_lm_eval,
@@ -31,6 +32,7 @@ from mytune.evaluation import (
     load_tasks,
     read_chat_template,
     read_results,
+    remove_kept_answers,
     results_table,
     write_results,
 )
@@ -203,21 +205,27 @@ def measure(
         merge_adapter=False,
         quantizer=instantiate(cfg.quantizer),
     )
+    kept = KeptAnswers(cfg.output_dir, model)
     pack_linears(model, rows=512)  # most of what is read are texts, not single tokens
     started = time.perf_counter()
-    results = evaluate(
-        model,
-        tokenizer,
-        tasks,
-        limit=cfg.limit,
-        batch_size=cfg.batch_size,
-        max_seq_length=cfg.max_seq_length,
-        chat_template=read_chat_template(cfg.chat_template),
-        fewshot_as_multiturn=cfg.fewshot_as_multiturn,
-        system_instruction=cfg.system_instruction,
-        seed=cfg.seed,
-        log_samples=cfg.log_samples,
-    )
+    try:
+        results = evaluate(
+            model,
+            tokenizer,
+            tasks,
+            limit=cfg.limit,
+            batch_size=cfg.batch_size,
+            max_seq_length=cfg.max_seq_length,
+            chat_template=read_chat_template(cfg.chat_template),
+            fewshot_as_multiturn=cfg.fewshot_as_multiturn,
+            system_instruction=cfg.system_instruction,
+            seed=cfg.seed,
+            log_samples=cfg.log_samples,
+            kept=kept,
+        )
+    except KeyboardInterrupt:
+        log.info("stopped: the same command goes on from here")
+        raise
     log.info("Eval completed in %.2f seconds.", time.perf_counter() - started)
     log.info("Max memory allocated: %.2f GB", peak_memory_gb(device))
     return results
@@ -228,6 +236,7 @@ def report(
 ) -> None:
     """Write the tables, print them and say where they are."""
     written = write_results(cfg.output_dir, results, config_yaml(cfg), base, again=again)
+    remove_kept_answers(cfg.output_dir)
     if rank() == 0:
         print(results_table(results), flush=True)
         if base:

@@ -15,6 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mytune.errors import ConfigError, DataError, check_at_least
+from mytune.evaluation.answers import KeptAnswers
 from mytune.evaluation.batches import check_batch_size
 from mytune.evaluation.chat_template import ChatTemplate
 from mytune.evaluation.continuing import Prompt, continue_prompts
@@ -45,7 +46,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         max_seq_length: longest context and continuation; at most the model's positions.
         chat_template: a checkpoint's own, in the place of the tokenizer's chat format.
         seed: of generation that samples.
-        stop: see `evaluate`.
+        stop, kept: see `evaluate`.
     """
 
     def __init__(
@@ -58,12 +59,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         chat_template: ChatTemplate | None = None,
         seed: int = 0,
         stop: StopSignal | None = None,
+        kept: KeptAnswers | None = None,
     ) -> None:
         super().__init__()
         check_batch_size(batch_size)
         self.model = model
-        self._tokenizer, self._template, self._stop = tokenizer, chat_template, stop
-        self.batch_size, self._seed = batch_size, seed
+        self._tokenizer, self._template, self._seed = tokenizer, chat_template, seed
+        self.batch_size, self._stop, self._kept = batch_size, stop, kept
         positions = model.config.max_seq_len
         self.max_length = min(max_seq_length or positions, positions)
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
@@ -165,7 +167,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         ends = [
             Request(r.context[n:], r.continuation) for r, n in zip(requests, extra, strict=True)
         ]
-        return score(self.model, ends, batch_size=self.batch_size, stop=self._stop)
+        return score(self.model, ends, batch_size=self.batch_size, stop=self._stop, kept=self._kept)
 
     def _warn(self, count: int, total: int) -> None:
         if count:
@@ -196,6 +198,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             batch_size=self.batch_size,
             seed=self._seed,
             stop=self._stop,
+            kept=self._kept,
         )
 
 

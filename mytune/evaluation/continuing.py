@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mytune.evaluation.answers import KeptAnswers
 from mytune.evaluation.batches import cut, run_batches
 from mytune.generation.sampling import Sampling
 from mytune.generation.text import complete
@@ -44,12 +45,13 @@ def continue_prompts(
     batch_size: int | str = "auto",
     seed: int = 0,
     stop: StopSignal | None = None,
+    kept: KeptAnswers | None = None,
 ) -> list[str]:
     """Return each prompt's continuation, up to the first of its stop strings.
 
     Prompts of like length, with the same sampling and stop strings, go together. Ranks share the
     work, and all know all texts; draws depend on the seed and the batch, not on the number of
-    ranks. For `stop`, see `run_batches`.
+    ranks. For `stop`, see `run_batches`, for `kept` `score`.
     """
     device = model.device
     kinds: dict[str, list[int]] = {}
@@ -74,5 +76,6 @@ def continue_prompts(
         )
         return {i: each.text for i, each in zip(batch, completions, strict=True)}
 
-    texts = run_batches(batches, work, "generation", model, stop=stop)
+    answer = kept.remembering(work, lambda i: (i, seed, prompts[i])) if kept else work
+    texts = run_batches(batches, answer, "generation", model, stop=stop)
     return [texts[i] for i in range(len(prompts))]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mytune.evaluation.answers import KeptAnswers
 from mytune.evaluation.batches import EvaluationStopped
 from mytune.evaluation.chat_template import ChatTemplate
 from mytune.evaluation.tasks import Tasks, fault_of_task
@@ -37,6 +38,7 @@ def evaluate(
     bootstrap_iters: int = 100_000,
     log_samples: bool = False,
     stop: StopSignal | None = None,
+    kept: KeptAnswers | None = None,
 ) -> Results:
     """Return the harness's results: `results` by task and metric, `versions`, `n-shot` and more.
 
@@ -56,6 +58,7 @@ def evaluate(
         bootstrap_iters: of standard errors without a formula; 0 leaves them out.
         log_samples: return `samples` too: of each task every document, its answers and its scores.
         stop: ends the evaluation, between two batches.
+        kept: answers that are known, and where new ones are kept; not with a sharded model.
 
     Raises:
         EvaluationStopped: `stop` was requested.
@@ -73,6 +76,7 @@ def evaluate(
         chat_template=chat_template if isinstance(chat_template, ChatTemplate) else None,
         seed=seed,
         stop=stop,
+        kept=kept,
     )
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=seed)  # anew: drawing has moved it on

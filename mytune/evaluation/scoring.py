@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mytune.errors import NumericalError
+from mytune.evaluation.answers import KeptAnswers
 from mytune.evaluation.batches import cut, run_batches
 from mytune.generation.trees import MAX_TREE_TOKENS, Tree, build_trees, stack
 from mytune.modules.decoder import Decoder
@@ -36,6 +37,7 @@ def score(
     *,
     batch_size: int | str = "auto",
     stop: StopSignal | None = None,
+    kept: KeptAnswers | None = None,
 ) -> list[tuple[float, bool]]:
     """Return each continuation's log-likelihood, and whether it is what greedy decoding gives.
 
@@ -46,6 +48,7 @@ def score(
         requests: contexts of at least one token; continuations may be empty.
         batch_size: trees (see `mytune.generation.trees`) at once, or "auto".
         stop: see `run_batches`.
+        kept: answers that are known, and where new ones are kept.
 
     Raises:
         NumericalError: a log-likelihood is not finite.
@@ -57,7 +60,11 @@ def score(
     def work(batch: list[Tree]) -> dict[int, tuple[float, bool]]:
         return _score_trees(model, batch, asked)
 
-    scores = run_batches(batches, work, "log-likelihoods", model, stop=stop)
+    def of_tree(tree: Tree) -> list[tuple[int, Request]]:
+        return [(i, asked[i]) for i in tree.paths]
+
+    answer = kept.remembering(work, of_tree) if kept else work
+    scores = run_batches(batches, answer, "log-likelihoods", model, stop=stop)
     if not all(math.isfinite(log_likelihood) for log_likelihood, _ in scores.values()):
         raise NumericalError(
             "log-likelihoods are not finite: the weights are damaged, or too large for dtype"

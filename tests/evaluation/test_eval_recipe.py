@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from mytune.assets import ASSETS
 from mytune.cli.main import main
 from mytune.errors import DataError
-from mytune.evaluation import batches, continuing, harness
+from mytune.evaluation import KeptAnswers, batches, continuing, harness
 from mytune.training.progress import ProgressBar
 from tests.checkpointing.tiny import torchtune_state
 from tests.evaluation.conftest import run_lm_eval
@@ -520,6 +520,33 @@ def test_a_missing_harness_is_one_line_that_says_how_to_install_it(tune, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", without)
     _, _, err = tune(code=5)
     assert "pip install 'lm_eval>=0.4.13'" in err.splitlines()[-1]
+
+
+def test_an_evaluation_that_was_stopped_goes_on(tune, adapter, base, tmp_path, monkeypatch):
+    """Ctrl-C while the model is asked, then while the base is: no batch is done twice."""
+    keep, done, ends = KeptAnswers._keep, [], []
+
+    def counted(self, key, answers):
+        keep(self, key, answers)
+        done.append((self._file, key))
+        if len(done) in ends:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(KeptAnswers, "_keep", counted)
+    asked = ["tasks=[choice, rolling, writing]", "batch_size=2", f"compare={base}"]
+    asked += [f"checkpointer.adapter_checkpoint={adapter[0]}", "log_samples=true"]
+    results, table, _ = tune(*asked)
+    needed, folder = len(done), tmp_path / "out"
+    samples = (folder / "evaluation_samples.jsonl").read_text()
+
+    done.clear()
+    ends += [needed // 3, needed * 3 // 4]
+    for code in (130, 130, 0):
+        found, out, _ = tune(*asked, code=code)
+    assert (found, out) == (results, table)
+    assert (folder / "evaluation_samples.jsonl").read_text() == samples
+    assert len(done) == len(set(done)) == needed
+    assert not list(folder.glob("evaluation_unfinished*"))
 
 
 @pytest.mark.ranks
