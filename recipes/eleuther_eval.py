@@ -32,7 +32,6 @@ from mytune.evaluation import (
     load_tasks,
     read_chat_template,
     read_results,
-    remove_kept_answers,
     results_table,
     write_results,
 )
@@ -138,12 +137,16 @@ def main(cfg: Config) -> None:
                 log.warning("max_seq_length: %d, all positions that the model has", positions)
             check_tasks(tasks, min(cfg.max_seq_length or positions, positions))
         # A model is let go of once it is measured: there may be no room for two.
-        results = measure(cfg, models.pop(0), checkpointer, tokenizer, tasks, device, dtype)
+        results, kept = measure(cfg, models.pop(0), checkpointer, tokenizer, tasks, device, dtype)
+        unfinished = [kept]
         if base:
             write_results(cfg.output_dir, results, config_yaml(cfg))  # what comes may fail
             log.info("Results so far are in %s; evaluating %s", cfg.output_dir, cfg.compare)
-            earlier = measure(cfg, models.pop(), base, tokenizers[1], tasks, device, dtype)
+            earlier, kept = measure(cfg, models.pop(), base, tokenizers[1], tasks, device, dtype)
+            unfinished.append(kept)
         report(cfg, results, earlier, again=bool(base))
+        for kept in unfinished:
+            kept.remove()
 
 
 def check(cfg: Config) -> None:
@@ -195,8 +198,11 @@ def measure(
     tasks: dict[str, Any],
     device: torch.device,
     dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Fill a model on the meta device with weights and return its results."""
+) -> tuple[dict[str, Any], KeptAnswers]:
+    """Fill a model on the meta device with weights; return its results, and what is kept of them.
+
+    Answers are kept until all results are written: the same command goes on with them.
+    """
     model = load_for_inference(
         model,
         checkpointer,
@@ -205,7 +211,7 @@ def measure(
         merge_adapter=False,
         quantizer=instantiate(cfg.quantizer),
     )
-    kept = KeptAnswers(cfg.output_dir, model)
+    kept = KeptAnswers(cfg.output_dir, model, __file__)
     pack_linears(model, rows=512)  # most of what is read are texts, not single tokens
     started = time.perf_counter()
     try:
@@ -224,11 +230,12 @@ def measure(
             kept=kept,
         )
     except KeyboardInterrupt:
-        log.info("stopped: the same command goes on from here")
+        if kept.file:
+            log.info("stopped: the same command goes on from here")
         raise
     log.info("Eval completed in %.2f seconds.", time.perf_counter() - started)
     log.info("Max memory allocated: %.2f GB", peak_memory_gb(device))
-    return results
+    return results, kept
 
 
 def report(
@@ -236,7 +243,6 @@ def report(
 ) -> None:
     """Write the tables, print them and say where they are."""
     written = write_results(cfg.output_dir, results, config_yaml(cfg), base, again=again)
-    remove_kept_answers(cfg.output_dir)
     if rank() == 0:
         print(results_table(results), flush=True)
         if base:

@@ -6,7 +6,7 @@ __all__, __getattr__ = lazy_names(
     __name__,
     {
         "adapter": "HarnessModel",
-        "answers": "KeptAnswers remove_kept_answers",
+        "answers": "KeptAnswers",
         "batches": "check_batch_size",
         "tasks": "check_limit check_lm_eval check_tasks load_tasks",
         "chat_template": "ChatTemplate read_chat_template",

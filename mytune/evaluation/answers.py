@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mytune import versions
 from mytune.modules.decoder import Decoder
-from mytune.quantization.tensors import inner_tensors, is_quantized
+from mytune.quantization.tensors import flatten
 from mytune.training.distributed import rank
 
 log = logging.getLogger("mytune")
@@ -29,28 +31,33 @@ Work = Callable[[list[Item]], Mapping[int, Result]]
 
 
 class KeptAnswers:
-    """Answers by batch, in `evaluation_unfinished/` of a folder, of the model whose they are.
+    """Answers of one model by batch, in `evaluation_unfinished/` of a folder.
 
-    A batch is known if a model of the same weights and code was asked the same. Each rank holds the
-    whole model, and keeps what it finds in a file of its own.
+    A batch is known if a model of the same weights, settings and code was asked the same. Each rank
+    holds the whole model, and keeps what it finds in a file of its own.
 
     Args:
         output_dir: of the evaluation.
         model: filled with weights, before they are packed.
+        recipe: the file of the recipe that evaluates.
+
+    Attributes:
+        file: where this rank's answers are kept; None once it cannot be written.
     """
 
-    def __init__(self, output_dir: str | Path, model: Decoder) -> None:
-        folder = Path(output_dir).expanduser() / FOLDER
-        name = _fingerprint(model)
+    def __init__(self, output_dir: str | Path, model: Decoder, recipe: str | Path) -> None:
+        self._folder = Path(output_dir).expanduser() / FOLDER
+        self._name = _fingerprint(model, Path(recipe))
         self._known: dict[str, dict[int, Any]] = {}
-        for file in sorted(folder.glob(f"{name}.*.jsonl")):
-            self._known.update(_read(file))
+        for file in self._files():
+            self._known |= _read(file)
         if self._known:
-            told = (
-                "going on with the answers to %d batches from an evaluation that was stopped (%s)"
-            )
-            log.info(told, len(self._known), folder)
-        self._file: Path | None = folder / f"{name}.{rank()}.jsonl"
+            told = "the answers to %d batches are known, and are not asked for again: %s"
+            log.info(told, len(self._known), self._folder)
+        self.file: Path | None = self._folder / f"{self._name}.{rank()}.jsonl"
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob(f"{self._name}.*.jsonl"))
 
     def remembering(
         self, work: Work[Item, Result], asked: Callable[[Item], object]
@@ -62,7 +69,7 @@ class KeptAnswers:
         """
 
         def known_or_work(batch: list[Item]) -> Mapping[int, Result]:
-            key = hashlib.sha256(repr([asked(item) for item in batch]).encode()).hexdigest()
+            key = _sha256(repr([asked(item) for item in batch]))
             if key not in self._known:
                 self._keep(key, work(batch))
             return self._known[key]
@@ -71,59 +78,69 @@ class KeptAnswers:
 
     def _keep(self, key: str, answers: Mapping[int, Any]) -> None:
         self._known[key] = dict(answers)
-        if self._file is None:
+        if self.file is None:
             return
-        line = json.dumps({"batch": key, "answers": list(answers.items())})
+        text = json.dumps([key, *answers.items()])
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a") as file:
-                file.write(f"\n{line}")  # what comes before may be half a line
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(f"\n{_sha256(text)} {text}")  # what comes before may be half a line
         except OSError as error:
-            log.warning(
-                "%s: %s: this evaluation cannot go on if it is stopped", self._file, error.strerror
-            )
-            self._file = None
+            told = "%s: %s: if this evaluation is stopped, it begins anew"
+            log.warning(told, self.file, error.strerror)
+            self.file = None
 
-
-def remove_kept_answers(output_dir: str | Path) -> None:
-    """Remove what evaluations have kept in a folder, on rank 0: its results are written."""
-    if rank() == 0:
-        shutil.rmtree(Path(output_dir).expanduser() / FOLDER, ignore_errors=True)
+    def remove(self) -> None:
+        """Remove the files, on rank 0 only: the results are written."""
+        with suppress(OSError):
+            for file in self._files() if rank() == 0 else ():
+                file.unlink(missing_ok=True)
+            self._folder.rmdir()  # unless others have kept something there
 
 
 def _read(file: Path) -> dict[str, dict[int, Any]]:
-    """Return the answers in a file by batch, but for lines that were not finished."""
+    """Return the answers in a file by batch; lines that were not finished, or damaged, are none."""
+    try:
+        lines = file.read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
     found = {}
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            said = json.loads(line)
-            answers = {
-                int(item): tuple(answer) if isinstance(answer, list) else answer
-                for item, answer in said["answers"]
-            }
-            found[str(said["batch"])] = answers
-        except (ValueError, TypeError, KeyError):
-            continue
+    for digest, _, text in (line.partition(" ") for line in lines):
+        if digest == _sha256(text):
+            key, *answers = json.loads(text)
+            found[key] = {i: tuple(a) if isinstance(a, list) else a for i, a in answers}
     return found
 
 
-def _fingerprint(model: Decoder) -> str:
-    """Return a name that no model of other weights, sizes or code has."""
-    package = Path(__file__).parent.parent
-    code = {Path(inspect.getfile(type(module))) for module in model.modules()}
-    digest = hashlib.sha256(repr((model.config, model.device, versions("torch"))).encode())
-    for file in sorted({*package.rglob("*.py"), *code}):
-        digest.update(file.read_bytes())
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
-        parts: Sequence[Tensor] = [tensor]
-        if is_quantized(tensor):
-            parts = list(inner_tensors(tensor).values())
-        digest.update(repr((name, [(p.dtype, p.shape, _sum(p)) for p in parts])).encode())
-    return digest.hexdigest()[:16]
+def _fingerprint(model: Decoder, recipe: Path) -> str:
+    """Return a name that no model of other weights, settings or code has."""
+    device, packages = model.device, ["torch", *({"torchao"} & sys.modules.keys())]
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    about: list[Any] = [model.config, kind, versions(*packages)]
+    about += [(name, type(module), _settings(module)) for name, module in model.named_modules()]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    parts: list[Tensor] = []
+    for held, said in (flatten(name, tensor) for name, tensor in tensors):
+        about.append((said, [(key, part.dtype, part.shape) for key, part in held.items()]))
+        parts += held.values()
+    loaded = (sys.modules.get(type(module).__module__) for module in model.modules())
+    code = {Path(file) for module in loaded if (file := getattr(module, "__file__", None))}
+    files = sorted({*Path(__file__).parent.parent.rglob("*.py"), *code, recipe})
+    with ThreadPoolExecutor(8) as pool:
+        about += pool.map(_hash_tensor, parts)
+        about += pool.map(lambda file: _sha256(file.read_bytes()), files)
+    return _sha256(repr(about))[:16]
 
 
-def _sum(tensor: Tensor) -> int:
-    """Return the sum of a tensor's bytes, as whole numbers of 8 where there are: mod 2^64."""
-    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-    end = len(flat) // 8 * 8
-    return int(flat[:end].view(torch.int64).sum() + flat[end:].sum())
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds beside tensors and modules, such as the scale of an adapter."""
+    plain = (bool, int, float, str, tuple, torch.dtype)
+    return {k: v for k, v in vars(module).items() if isinstance(v, plain) or is_dataclass(v)}
+
+
+def _hash_tensor(tensor: Tensor) -> str:
+    return _sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()

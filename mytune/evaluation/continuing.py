@@ -76,6 +76,7 @@ def continue_prompts(
         )
         return {i: each.text for i, each in zip(batch, completions, strict=True)}
 
-    answer = kept.remembering(work, lambda i: (i, seed, prompts[i])) if kept else work
+    said = (seed, tokenizer.fingerprint, tokenizer.stop_tokens, tokenizer.special_tokens)
+    answer = kept.remembering(work, lambda i: (i, prompts[i], said)) if kept else work
     texts = run_batches(batches, answer, "generation", model, stop=stop)
     return [texts[i] for i in range(len(prompts))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,10 +64,6 @@ def score(
 
     answer = kept.remembering(work, of_tree) if kept else work
     scores = run_batches(batches, answer, "log-likelihoods", model, stop=stop)
-    if not all(math.isfinite(log_likelihood) for log_likelihood, _ in scores.values()):
-        raise NumericalError(
-            "log-likelihoods are not finite: the weights are damaged, or too large for dtype"
-        )
     found = (scores[i] for i in range(len(asked)))
     return [next(found) if request.continuation else (0.0, True) for request in requests]
 
@@ -88,6 +83,10 @@ def _score_trees(
     keys, counts, places, targets = _asked(trees, requests, tokens.shape[1])
     device = hidden.device  # where FSDP2 computes, if weights wait on the CPU
     found = _log_probabilities(model, hidden.flatten(0, 1), places.to(device), targets.to(device))
+    if not found[0].isfinite().all():
+        raise NumericalError(
+            "log-likelihoods are not finite: the weights are damaged, or too large for dtype"
+        )
     log_likelihoods, misses = (part.cpu().double().split(counts) for part in found)
     return {
         key: (float(log_likelihoods[i].sum()), not misses[i].any()) for i, key in enumerate(keys)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+from copy import copy
+
 import torch
 from torch import nn
 
 from mytune.evaluation import KeptAnswers
-from mytune.quantization import Int8WeightOnlyQuantizer, quantize_linears
+from mytune.evaluation.continuing import Prompt, continue_prompts
+from mytune.modules.lora import LoRAConfig, apply_lora
+from mytune.quantization import (
+    Int8DynActInt8WeightQuantizer,
+    Int8WeightOnlyQuantizer,
+    quantize_linears,
+)
 from tests.hf import twins
 
 BATCHES = [[0, 3], [1], [4, 2]]
 
 
-def ask(folder, model, text="the question"):
+def ask(folder, model, text="the question", recipe=__file__):
     """Ask all batches; return those that the model had to answer."""
     answered = []
 
@@ -21,7 +28,7 @@ def ask(folder, model, text="the question"):
         answered.append(batch)
         return {i: (-i / 3, i > 1) if i else "a\ntext \x00 é \u2028" for i in batch}
 
-    known = KeptAnswers(folder, model).remembering(work, lambda i: (i, text))
+    known = KeptAnswers(folder, model, recipe).remembering(work, lambda i: (i, text))
     assert [known(batch) for batch in BATCHES] == [work(batch) for batch in BATCHES]
     return answered[: -len(BATCHES)]
 
@@ -31,7 +38,7 @@ def test_the_same_is_not_asked_twice(tmp_path, caplog):
     assert ask(tmp_path, twins()[0]) == BATCHES
     assert not caplog.text
     assert ask(tmp_path, twins()[0]) == []
-    assert f"answers to 3 batches from an evaluation that was stopped ({tmp_path}" in caplog.text
+    assert f"answers to 3 batches are known, and are not asked for again: {tmp_path}" in caplog.text
     assert ask(tmp_path, twins()[0], "another") == BATCHES
 
 
@@ -39,39 +46,103 @@ class OwnNorm(nn.RMSNorm):
     """A class whose code is not mytune's."""
 
 
+@torch.no_grad()
 def change_a_weight(model):
-    with torch.no_grad():
-        model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+    model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
 
 
-CHANGES = {
-    "weight": change_a_weight,
-    "dtype": lambda model: model.bfloat16(),
-    "quantized": lambda model: quantize_linears(model, Int8WeightOnlyQuantizer()),
-    "code": lambda model: setattr(model.norm, "__class__", OwnNorm),
-}
+@torch.no_grad()
+def reverse_rows(model):
+    weight = model.layers[1].attn.q_proj.weight
+    weight.copy_(weight.flip(0))
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_another_model_is_asked_itself(tmp_path, change):
-    ask(tmp_path, twins()[0])
+@torch.no_grad()
+def shift_the_storage(model):
+    """The same model: its weight is a view of 2 bytes behind the beginning of what holds it."""
+    norm = model.bfloat16().norm
+    held = torch.cat((norm.weight[:1], norm.weight))
+    norm.weight = nn.Parameter(held[1:])
+
+
+def adapt(model, **settings):
+    torch.manual_seed(1)
+    apply_lora(model, LoRAConfig(rank=2, modules=("q_proj",), **{"alpha": 4, **settings}))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter.data)
+
+
+CHANGES = [
+    lambda model: None,
+    change_a_weight,
+    reverse_rows,
+    lambda model: model.bfloat16(),
+    lambda model: quantize_linears(model, Int8WeightOnlyQuantizer()),
+    lambda model: quantize_linears(model, Int8DynActInt8WeightQuantizer()),
+    adapt,
+    lambda model: adapt(model, alpha=8),
+    lambda model: adapt(model, use_rslora=True),
+    lambda model: setattr(model.norm, "eps", 1e-4),
+    lambda model: setattr(model.norm, "__class__", OwnNorm),
+]
+
+
+def changed(change):
     model, _ = twins()
-    CHANGES[change](model)
-    assert ask(tmp_path, model) == BATCHES
-    assert ask(tmp_path, model) == []
+    change(model)
+    return model
 
 
-def test_what_a_killed_process_left_unfinished_is_asked_again(tmp_path):
+def test_another_model_is_asked_itself(tmp_path):
+    assert [ask(tmp_path, changed(change)) for change in CHANGES] == [BATCHES] * len(CHANGES)
+    assert [ask(tmp_path, changed(change)) for change in CHANGES] == [[]] * len(CHANGES)
+    assert ask(tmp_path, changed(shift_the_storage)) == []
+
+
+def test_another_recipe_is_asked_itself(tmp_path):
+    recipe = tmp_path / "my_eval.py"
+    for text in ("first", "second"):
+        recipe.write_text(text)
+        assert ask(tmp_path, twins()[0], recipe=recipe) == BATCHES
+        assert ask(tmp_path, twins()[0], recipe=recipe) == []
+
+
+def test_texts_depend_on_how_a_tokenizer_ends_them(tmp_path, random_pair):
+    model, texts = random_pair.model, []
+    tokenizer = copy(random_pair.tokenizer)
+    for stops in ([528], [528], range(512)):
+        tokenizer.stop_tokens = list(stops)
+        kept = KeptAnswers(tmp_path, model, __file__)
+        texts += continue_prompts(model, tokenizer, [Prompt([5, 6], 9, [])], kept=kept)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_what_was_not_finished_or_is_damaged_is_asked_again(tmp_path):
     ask(tmp_path, twins()[0])
     (file,) = tmp_path.rglob("*.jsonl")
     file.write_bytes(file.read_bytes()[:-7])
     assert ask(tmp_path, twins()[0]) == BATCHES[2:]
     assert ask(tmp_path, twins()[0]) == []
-    file.write_text(file.read_text().replace("answers", "answer", 1) + "\n[3]\nnull")
-    assert ask(tmp_path, twins()[0]) == BATCHES[:1]
+    file.write_bytes(file.read_bytes().replace(b"false", b"true", 1) + b"\n\n\xff\x00[\n{}\n")
+    assert ask(tmp_path, twins()[0]) == BATCHES[1:2]
+    file.unlink()
+    file.mkdir()
+    assert ask(tmp_path, twins()[0]) == BATCHES
 
 
 def test_a_full_disk_ends_no_evaluation(tmp_path, caplog):
     (tmp_path / "evaluation_unfinished").write_text("in the way")
     assert ask(tmp_path, twins()[0]) == BATCHES
-    assert caplog.text.count("cannot go on if it is stopped") == 1
+    assert caplog.text.count("if this evaluation is stopped, it begins anew") == 1
+
+
+def test_only_a_models_own_answers_are_removed(tmp_path):
+    models = [changed(change) for change in CHANGES[:2]]
+    for model in models:
+        ask(tmp_path, model)
+    KeptAnswers(tmp_path, models[0], __file__).remove()
+    assert [ask(tmp_path, model) for model in models] == [BATCHES, []]
+    for model in models:
+        KeptAnswers(tmp_path, model, __file__).remove()
+    assert not list(tmp_path.iterdir())

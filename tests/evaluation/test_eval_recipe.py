@@ -528,7 +528,7 @@ def test_an_evaluation_that_was_stopped_goes_on(tune, adapter, base, tmp_path, m
 
     def counted(self, key, answers):
         keep(self, key, answers)
-        done.append((self._file, key))
+        done.append((self.file, key))
         if len(done) in ends:
             raise KeyboardInterrupt
 
