@@ -107,7 +107,7 @@ def parse(words: Sequence[str]) -> Job:
         )
     recipe = registry.find_recipe(args.recipe)
     config = registry.find_config(args.config) if args.config else None
-    _check_pair(args, recipe)
+    _check_pair(args)
     overrides = args.overrides + ([f"compare={args.compare}"] if args.compare else [])
     if args.dry_run:
         from mytune.config.schema import read_schema
@@ -120,7 +120,7 @@ def parse(words: Sequence[str]) -> Job:
     return Job(recipe, config, overrides, args.allow_component, args.dry_run, args.recipe)
 
 
-def _check_pair(args: argparse.Namespace, recipe: Path) -> None:
+def _check_pair(args: argparse.Namespace) -> None:
     """Refuse a built-in recipe without a config, or with the config of another one."""
     built_in = registry.RECIPES.get(args.recipe)
     if built_in and not args.config:
