@@ -133,8 +133,7 @@ class PickledWriter(TensorWriter):
         self._root = path.stem
         self._zip = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED)  # type: ignore[call-overload]
         pickled = io.BytesIO()
-        storages = (_Storage(key, spec) for key, spec in enumerate(specs.values()))
-        announced = {n: _Announced(s) for n, s in zip(specs, storages, strict=True)}
+        announced = {n: _Announced(_Storage(i, specs[n])) for i, n in enumerate(specs)}
         _Pickler(pickled, protocol=2).dump(announced)
         self._member("data.pkl", pickled.getbuffer())
         self._member("byteorder", memoryview(b"little"))
