@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -68,21 +69,19 @@ class PlannedFiles:
 
 def plan_weights(source: Source, config: DecoderConfig, dtype: torch.dtype) -> Plan:
     """Plan to write a model of `config` in the layout of `source`, cast to `dtype`."""
-    names = iter(
-        source.format.file_name(i + 1, len(source.paths)) for i in range(len(source.paths))
-    )
-    files = []
-    for group, entries in zip(source.groups, source.entries(config), strict=True):
-        files.append(
-            PlannedFiles(
-                names=tuple(next(names) for _ in group.files),
-                group=group,
-                entries={entry.key: entry for entry in entries},
-                specs={e.key: _part_spec(e, dtype, len(group.files)) for e in entries},
-                tied=config.tie_word_embeddings,
-            )
+    count = len(source.paths)
+    names = (source.format.file_name(i, count) for i in range(1, count + 1))
+    files = [
+        PlannedFiles(
+            names=tuple(islice(names, len(group.files))),
+            group=group,
+            entries={entry.key: entry for entry in entries},
+            specs={e.key: _part_spec(e, dtype, len(group.files)) for e in entries},
+            tied=config.tie_word_embeddings,
         )
-    index = next(iter(source.format.indexes), None) if len(source.paths) > 1 else None
+        for group, entries in zip(source.groups, source.entries(config), strict=True)
+    ]
+    index = next(iter(source.format.indexes), None) if count > 1 else None
     return Plan(files, config, dtype, source.format.table, index)
 
 
