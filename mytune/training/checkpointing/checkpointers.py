@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from mytune.training.checkpointing.peft import Adapter, base_model_name, read_ad
 from mytune.training.checkpointing.pieces import own_pieces, write_pieces
 from mytune.training.checkpointing.publish import (
     MANIFEST,
+    NAME,
     Draft,
     prune,
     publication_of_ranks,
@@ -186,7 +186,7 @@ class _Checkpointer:
         """
         said = Path(self._recipe_checkpoint or "newest.pt")
         parts = [part.removesuffix(".pt") for part in said.parts]
-        named = [part for part in parts if re.fullmatch(r"(epoch|step)_\d+", part)]
+        named = [part for part in parts if NAME.fullmatch(part)]
         wanted = named[-1] if named else None if said.suffix == ".pt" else str(said)
         # One rank reads it whole, and all agree on what it found.
         found = latest(self.output_dir, wanted) if rank() == 0 else None

@@ -38,7 +38,7 @@ log = logging.getLogger("mytune")
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
-_NAME = re.compile(r"(epoch|step)_\d+")
+NAME = re.compile(r"(epoch|step)_\d+")
 _LEFTOVER = re.compile(r"((?:epoch|step)_\d+|quantized)\.(tmp|old|del)-[0-9a-f]{32}")
 
 
@@ -214,7 +214,7 @@ def candidates(output_dir: Path) -> list[Candidate]:
     """Return the checkpoints of an output directory, newest first: by step, not by file time."""
     found = []
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
-        if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+        if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             try:
                 found.append(Candidate(path, read_manifest(path)["step"]))
             except CheckpointError:
@@ -251,7 +251,7 @@ def clean_up(output_dir: Path) -> None:
     """
     leftovers = [
         (match[2] != "tmp", path, output_dir / match[1], match[2])
-        for path in sorted(output_dir.iterdir())
+        for path in output_dir.iterdir()
         if (match := _LEFTOVER.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
     ]
     for _, path, target, kind in sorted(leftovers):
