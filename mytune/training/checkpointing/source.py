@@ -115,11 +115,11 @@ def _published(fmt: Format, names: Sequence[str], directories: Sequence[Path]) -
     """Return the files of `epoch_N` if every name is one of torchtune's for its weights."""
     found = [re.fullmatch(fmt.published, name) for name in names]
     epochs = {int(match[1]) if match else None for match in found}
-    for directory in directories:
-        for epoch in (directory / f"epoch_{number}" for number in epochs):
-            if len(epochs) == 1 and epoch.is_dir():
-                return [epoch / name for name in _discover(fmt, epoch)]
-    return []
+    if len(epochs) > 1:
+        return []
+    folders = [directory / f"epoch_{epoch}" for directory in directories for epoch in epochs]
+    saved = next((folder for folder in folders if folder.is_dir()), None)
+    return [saved / name for name in _discover(fmt, saved)] if saved else []
 
 
 def _hints(directory: Path) -> list[str]:
