@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,15 +176,11 @@ def _system(prompt: str | None) -> list[Message]:
 def _joined(content: Any) -> str:
     """Return the text of a message, whose parts may be listed as OpenAI's API does."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    return "".join(_parts(parts))
-
-
-def _parts(parts: list[Any]) -> Iterator[str]:
     for part in parts:
         is_text = isinstance(part, Mapping) and part.get("type") == "text"
         if not is_text or not isinstance(part.get("text"), str):
             raise DataError(f"the content of a message is {reprlib.repr(part)}, not text")
-        yield part["text"]
+    return "".join(part["text"] for part in parts)
 
 
 def text_of(row: Columns, column: str) -> str:
