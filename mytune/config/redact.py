@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from mytune.config.types import children
+
 HIDDEN = "<redacted>"
 
 # Not every `*_token` is a secret: `eos_token`, `pad_token`, `max_new_tokens` are a tokenizer's.
@@ -46,11 +48,8 @@ def misplaced_secrets(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     secrets = _environment_secrets()
 
     def walk(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        for key, value in items:
-            if isinstance(value, dict | list):
-                yield from walk(value, (*path, str(key)))
-                continue
+        for key, value in children(node):
+            yield from walk(value, (*path, str(key)))
             text = value if isinstance(value, str) and not _is_secret(key, value) else ""
             if any(secret in text for secret in secrets):
                 yield *path, str(key)
