@@ -41,7 +41,7 @@ def apply_overrides(tree: Tree, texts: Sequence[str]) -> None:
         except ValueError as error:
             tree.problems.append(f"override '{text}': {error}")
     removals = [each for each in parsed if each.remove]
-    swaps = [each for each in parsed if not each.remove and _is_swap(tree, each)]
+    swaps = [each for each in parsed if _is_swap(tree, each)]
     values = [each for each in parsed if each not in removals and each not in swaps]
     swaps.sort(key=lambda each: len(each.path))
     for override in [*removals, *swaps, *values]:
@@ -49,7 +49,7 @@ def apply_overrides(tree: Tree, texts: Sequence[str]) -> None:
         # What is no mapping becomes one: the override has set that.
         outermost = next((p for p in around if not isinstance(_old(tree, p), dict | list)), None)
         try:
-            if override in removals:
+            if override.remove:
                 _remove(tree, override)
             elif override in swaps:
                 _swap(tree, override, parsed)
