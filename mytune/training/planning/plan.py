@@ -82,7 +82,7 @@ def plan_memory(
     set_meta_dtype(model, settings.dtype)
     resident = _resident(model, settings)
     gathered = _gathered(model, settings)
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    trained = _nbytes(model, trained=True)
     optimizer = optimizer_size(
         settings.optimizer, model, settings.device, settings.optimizer_in_bwd
     )
