@@ -137,7 +137,7 @@ def _share_cores(processes: int) -> None:
     """Give each process its share of the cores; torchrun would give it one."""
     linux = sys.platform == "linux"
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, processes))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 
 @contextmanager
