@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,9 +180,6 @@ def truthfulqa(data_dir: Path, tmp_path: Path) -> Path:
         }
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
     return tmp_path
-
-
-Evaluate = Callable[..., dict[str, Any]]
 
 
 def run_lm_eval(lm: Any, names: list[str], folder: Path, **settings: Any) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def test_a_system_message_that_never_fits_is_not_taken(chat, answers):
     assert out.splitlines() == answers("Hello")
 
 
-def test_messages_need_a_stdin(chat, monkeypatch, capfd, base):
+def test_messages_need_a_stdin(monkeypatch, capfd, base):
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["chat", str(base), *GREEDY]) == 2
     assert "stdin, which is closed" in capfd.readouterr().err

@@ -81,7 +81,7 @@ def test_saved_and_loaded_weights_are_the_same_bit_for_bit(base, tmp_path, name)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 8, 9])
-def test_weights_begin_where_vectors_may_wherever_a_file_has_them(base, quantized, shift):
+def test_weights_begin_where_vectors_may_wherever_a_file_has_them(quantized, shift):
     """torch's kernel for 8-bit weights ends the process if it must load them from elsewhere."""
     file = quantized / "model.safetensors"
     size = int.from_bytes(file.read_bytes()[:8], "little")
@@ -158,13 +158,13 @@ def test_an_adapter_stays_beside_quantized_weights(base, quantized, tmp_path, us
     assert (plainly - expected).norm() / expected.norm() > 0.2
 
 
-def test_nothing_is_quantized_twice(base, quantized):
+def test_nothing_is_quantized_twice(quantized):
     assert torch.equal(logits(load(quantized, quantizer=INT8)), logits(load(quantized)))
     with pytest.raises(ConfigError, match="is quantized already, with Int8WeightOnlyConfig"):
         load(quantized, quantizer=Int4WeightOnlyQuantizer(32))
 
 
-def test_training_on_it_is_refused(quantized, tmp_path, capsys):
+def test_training_on_it_is_refused(tmp_path, capsys):
     command = ["run", "full_finetune_single_device", "--config", "tiny/full_single_device"]
     save(ASSETS / "tiny", tmp_path / "tiny", INT8)
     words = [f"checkpointer.checkpoint_dir={tmp_path / 'tiny'}", f"output_dir={tmp_path / 'run'}"]

@@ -102,7 +102,7 @@ def refusal(kind: type[TuneError], *args: Any, **kwargs: Any) -> str:
     return str(caught.value)
 
 
-def test_a_missing_file_is_answered_with_what_is_there(tmp_path: Path, tiny_file: Path) -> None:
+def test_a_missing_file_is_answered_with_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     message = refusal(ConfigError, tmp_path / "tokenizer.model")
     assert "config.json" in message and "original/tokenizer.model" in message
@@ -154,7 +154,7 @@ def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 def test_special_tokens_that_are_not_llama3s_are_refused(
-    tiny_json_file: Path, tiny_file: Path, tmp_path: Path
+    tiny_json_file: Path, tmp_path: Path
 ) -> None:
     for names in (["<|im_start|>", "<|im_end|>"], []):
         other = edited_json(tiny_json_file, tmp_path / "tokenizer.json", names)
