@@ -45,6 +45,20 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     return model
 
 
+def with_adapter(model: LlamaForCausalLM, std: float, **settings: Any) -> Any:
+    """Return PEFT's model over another, with an adapter large enough to change what it says."""
+    import peft  # takes a while
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **settings)
+    adapted = peft.get_peft_model(model, config)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=std)
+    return adapted
+
+
 def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename a Hugging Face Llama state dict to ours, by hand and not by the tables."""
     renames = (

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import yaml
@@ -25,7 +24,7 @@ from mytune.evaluation import KeptAnswers, batches, continuing, harness
 from mytune.training.progress import ProgressBar
 from tests.checkpointing.tiny import torchtune_state
 from tests.evaluation.conftest import run_lm_eval
-from tests.hf import tiny_llama, twins
+from tests.hf import tiny_llama, twins, with_adapter
 
 SIZES_OF = dict(vocab_size=529, max_position_embeddings=512, initializer_range=0.12)
 
@@ -43,13 +42,7 @@ def base(random_pair, tmp_path_factory):
 def adapter(base, tmp_path_factory):
     """An adapter made by PEFT that changes answers, and the model with it."""
     folder = tmp_path_factory.mktemp("adapter")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
-    model = peft.get_peft_model(tiny_llama(**SIZES_OF), config)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
+    model = with_adapter(tiny_llama(**SIZES_OF), std=0.3, lora_alpha=8)
     model.save_pretrained(folder)
     return folder, model.merge_and_unload()
 

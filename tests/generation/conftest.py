@@ -8,7 +8,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 
@@ -21,7 +20,7 @@ from mytune.training import (
     FullModelMetaCheckpointer,
     load_weights,
 )
-from tests.hf import tiny_llama
+from tests.hf import tiny_llama, with_adapter
 
 # Weights so large that a random model's greedy text does not repeat itself.
 VARIED = {"initializer_range": 0.2}
@@ -41,14 +40,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter made by PEFT, large enough to change the text."""
     folder = tmp_path_factory.mktemp("adapter")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
-    model = peft.get_peft_model(tiny_llama(vocab_size=512, **VARIED), config)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    model.save_pretrained(folder)
+    model = tiny_llama(vocab_size=512, **VARIED)
+    with_adapter(model, std=0.2, lora_alpha=8).save_pretrained(folder)
     return folder
 
 

@@ -8,7 +8,6 @@ import os
 import re
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -35,6 +34,7 @@ from mytune.training import (
 )
 from mytune.training.checkpointing.publish import verify
 from mytune.training.checkpointing.safetensors_io import write_safetensors
+from tests.hf import with_adapter
 from tests.quantization.conftest import CPU, ON_CPU, load, save, some_tokens
 
 INT8 = Int8WeightOnlyQuantizer()
@@ -135,13 +135,8 @@ def test_a_tied_model_stays_tied(tmp_path):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_an_adapter_stays_beside_quantized_weights(base, quantized, tmp_path, use_dora):
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=use_dora)
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    theirs = peft.get_peft_model(theirs, config)
-    torch.manual_seed(5)
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    theirs = with_adapter(theirs, std=0.1, use_dora=use_dora)
     theirs.save_pretrained(tmp_path / "adapter")
     with torch.inference_mode():
         expected = theirs.eval()(some_tokens(512)).logits.float()
@@ -305,13 +300,8 @@ def test_what_transformers_quantized_is_read(base, tmp_path):
 
 
 def test_a_merged_adapter_is_quantized_with_its_base(base, tmp_path):
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    theirs = peft.get_peft_model(theirs, config)
-    torch.manual_seed(5)
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    theirs = with_adapter(theirs, std=0.1)
     theirs.save_pretrained(tmp_path / "adapter")
     theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
     expected = load(tmp_path / "merged", torch.float32, quantizer=INT8)
