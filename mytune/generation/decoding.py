@@ -55,14 +55,11 @@ class PromptCache:
 
     def recall(self, prompt_ids: Sequence[int]) -> int:
         """Forget all that `prompt_ids` does not begin with; return how much of it is known."""
-        cache, known = self.reader.cache, 0
+        cache = self.reader.cache
         # The last token is read again: what follows it has to be known.
-        for ours, theirs in zip(self.ids[: cache.filled], prompt_ids[:-1], strict=False):
-            if ours != theirs:
-                break
-            known += 1
-        cache.filled, self.ids = known, list(prompt_ids)
-        return known
+        cache.filled = common_prefix_length([self.ids[: cache.filled], prompt_ids[:-1]])
+        self.ids = list(prompt_ids)
+        return cache.filled
 
 
 @dataclass
