@@ -114,7 +114,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """Return each continuation's log-likelihood, and whether greedy decoding gives it.
 
-        Here only to say that no bar is shown while texts are tokenized.
+        Here only to check texts, and to show no bar while they are tokenized.
         """
         _check_texts(requests)
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
