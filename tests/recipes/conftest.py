@@ -27,6 +27,12 @@ FULL = {
     "_component_": "mytune.models.auto_model",
     "checkpoint_dir": "${checkpointer.checkpoint_dir}",
 }
+# What changes no result, and by how much it may.
+LEVERS = {
+    "activation checkpointing": ("enable_activation_checkpointing=True", 0),
+    "offloading": ("enable_activation_offloading=True", 0),
+    "compile": ("compile=True", 1e-5),
+}
 
 
 def recipe_of(config: dict[str, Any], ranks: str = "single_device") -> str:

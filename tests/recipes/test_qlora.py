@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mytune.quantization import dequantize_nf4, quantize_nf4
-from tests.recipes.conftest import LORA, curve
+from tests.recipes.conftest import LEVERS, LORA, curve
 
 QLORA = {**LORA, "_component_": "mytune.models.qlora_auto_model"}
 VARIANTS = {
@@ -71,13 +71,6 @@ def assert_loads_elsewhere(saved: Path, base: Path, checkpoint: Path) -> None:
     logits = adapted(tokens).logits
     torch.testing.assert_close(merged(tokens).logits, logits, rtol=0, atol=1e-5)
     assert (logits - start).abs().max() > 1e-2
-
-
-LEVERS = {
-    "activation checkpointing": ("enable_activation_checkpointing=True", 0),
-    "offloading": ("enable_activation_offloading=True", 0),
-    "compile": ("compile=True", 1e-5),
-}
 
 
 @pytest.mark.parametrize("lever", LEVERS)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.tokenizers import Message
-from tests.recipes.conftest import LORA, curve
+from tests.recipes.conftest import LEVERS, LORA, curve
 
 RELATIVE = 1e-5
 
@@ -111,13 +111,6 @@ def test_packed_rows_train_as_unpacked_ones(run, config):
     )
     for a, b in zip(curve(plain), curve(packed), strict=True):
         assert a == pytest.approx(b, rel=2e-6)
-
-
-LEVERS = {
-    "activation checkpointing": ("enable_activation_checkpointing=True", 0),
-    "offloading": ("enable_activation_offloading=True", 0),
-    "compile": ("compile=True", 1e-5),
-}
 
 
 @pytest.mark.parametrize("lever", LEVERS)
