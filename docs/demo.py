@@ -14,11 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a million parameters gain nothi
 import torch
 
 from mytune.assets import ASSETS
-from mytune.generation import generate
+from mytune.generation import complete
 from mytune.models import auto_model
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.tokenizers import Message
-from mytune.training import FullModelHFCheckpointer, load_weights
+from mytune.training import FullModelHFCheckpointer, load_for_inference
 
 OUTPUT = Path("outputs/demo")
 CPU = torch.device("cpu")
@@ -57,18 +57,10 @@ def answers(checkpoint: Path, rows: list[dict[str, str]]) -> list[str]:
     tokenizer = llama3_tokenizer(str(checkpoint))
     with torch.device("meta"):
         model = auto_model(str(checkpoint))
-    weights = FullModelHFCheckpointer(str(checkpoint)).weights(model.config)
-    load_weights(model, weights, CPU, torch.float32)
-    model.eval()
-    texts = []
-    for row in rows:
-        question = [Message("user", row["input"])]
-        prompt, _ = tokenizer.tokenize_messages(question, add_generation_prompt=True)
-        reply = generate(
-            model, prompt, max_new_tokens=16, temperature=0, stop_tokens=tokenizer.stop_tokens
-        )
-        texts.append(tokenizer.decode(list(reply)))
-    return texts
+    model = load_for_inference(model, FullModelHFCheckpointer(str(checkpoint)), CPU, torch.float32)
+    questions = [[Message("user", row["input"])] for row in rows]
+    prompts = [tokenizer.tokenize_messages(q, add_generation_prompt=True)[0] for q in questions]
+    return [each.text for each in complete(model, prompts, tokenizer, max_new_tokens=16)]
 
 
 def show(rows: list[dict[str, str]], before: list[str], after: list[str]) -> None:
