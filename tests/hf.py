@@ -1,14 +1,21 @@
-"""Tiny random Hugging Face models, the oracle of many tests."""
+"""Tiny random Hugging Face models, the oracle of many tests, and what loads a checkpoint."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mytune.models import auto_model
 from mytune.models.auto import sizes_from_hf
 from mytune.modules import Decoder
+from mytune.training import (
+    FullModelHFCheckpointer,
+    FullModelMetaCheckpointer,
+    load_for_inference,
+)
 
 LLAMA31_ROPE = {
     "rope_type": "llama3",
@@ -57,6 +64,20 @@ def with_adapter(model: LlamaForCausalLM, std: float, **settings: Any) -> Any:
             if "lora_B" in name:
                 parameter.normal_(std=std)
     return adapted
+
+
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    reader: type[FullModelHFCheckpointer | FullModelMetaCheckpointer] = FullModelHFCheckpointer,
+    adapter: Path | None = None,
+    **how: Any,
+) -> Decoder:
+    """Load a checkpoint for inference on the CPU."""
+    with torch.device("meta"):
+        model = auto_model(str(folder))
+    checkpointer = reader(str(folder), adapter_checkpoint=adapter and str(adapter))
+    return load_for_inference(model, checkpointer, torch.device("cpu"), dtype, **how)
 
 
 def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

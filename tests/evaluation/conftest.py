@@ -16,12 +16,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._index import TaskIndex
 
 from mytune.evaluation import HarnessModel, load_tasks
-from mytune.models import auto_model
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.modules import Decoder
 from mytune.tokenizers import Llama3Tokenizer
-from mytune.training import FullModelHFCheckpointer, load_weights
-from tests.hf import twins
+from tests.hf import load, twins
 from tests.tokenizers.conftest import convert_to_json, write_tiktoken
 
 
@@ -93,14 +91,9 @@ def random_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def stories_pair(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The stories model."""
     folder = data_dir / "stories260K" / "hf"
-    with torch.device("meta"):
-        model = auto_model(str(folder)).eval()
-    weights = FullModelHFCheckpointer(str(folder)).weights(model.config)
-    load_weights(model, weights, torch.device("cpu"), torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return make_pair(
-        model, theirs.eval(), folder / "tokenizer.model", tmp_path_factory.mktemp("hf")
-    )
+    file = folder / "tokenizer.model"
+    return make_pair(load(folder), theirs.eval(), file, tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(params=["random_pair", "stories_pair"])

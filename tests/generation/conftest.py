@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from mytune.models import auto_model
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.modules import Decoder
 from mytune.tokenizers import Llama3Tokenizer
 from mytune.training import (
     FullModelHFCheckpointer,
     FullModelMetaCheckpointer,
-    load_weights,
 )
-from tests.hf import tiny_llama, with_adapter
+from tests.hf import load, tiny_llama, with_adapter
 
 # Weights so large that a random model's greedy text does not repeat itself.
 VARIED = {"initializer_range": 0.2}
@@ -50,10 +47,7 @@ def stories(data_dir: Path, request: pytest.FixtureRequest) -> tuple[Decoder, Ll
     """The stories model and its tokenizer."""
     folder = data_dir / "stories260K" / request.param
     formats = {"hf": FullModelHFCheckpointer, "meta": FullModelMetaCheckpointer}
-    with torch.device("meta"):
-        model = auto_model(str(folder)).eval()
-    weights = formats[request.param](str(folder)).weights(model.config)
-    load_weights(model, weights, torch.device("cpu"), torch.float32)
+    model = load(folder, reader=formats[request.param])
     return model, llama3_tokenizer(folder / "tokenizer.model")
 
 

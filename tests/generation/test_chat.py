@@ -18,12 +18,10 @@ import torch
 
 from mytune.cli.main import main
 from mytune.generation import generate
-from mytune.models import auto_model
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.tokenizers import Message
-from mytune.training import FullModelHFCheckpointer, load_for_inference
 from tests.generation.conftest import VARIED
-from tests.hf import tiny_llama
+from tests.hf import load, tiny_llama
 
 GREEDY = ("device=cpu", "dtype=fp32", "temperature=0", "max_new_tokens=12")
 
@@ -56,10 +54,7 @@ def chat(base, monkeypatch, capfd):
 @pytest.fixture
 def answers(base):
     """Return what the base model answers, turn by turn, without keeping anything."""
-    checkpointer = FullModelHFCheckpointer(str(base))
-    with torch.device("meta"):
-        model = auto_model(str(base))
-    model = load_for_inference(model, checkpointer, torch.device("cpu"), torch.float32)
+    model = load(base)
     tokenizer = llama3_tokenizer(base / "tokenizer.model")
 
     def ask(*questions, system=None):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mytune.models import auto_model
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.modules import LinearCrossEntropyLoss
-from mytune.training import FullModelHFCheckpointer, FullModelMetaCheckpointer, load_weights
+from mytune.training import FullModelHFCheckpointer, FullModelMetaCheckpointer
+from tests.hf import load
 
 FORMATS = {"hf": FullModelHFCheckpointer, "meta": FullModelMetaCheckpointer}
 
@@ -19,11 +19,7 @@ FORMATS = {"hf": FullModelHFCheckpointer, "meta": FullModelMetaCheckpointer}
 @pytest.fixture(params=FORMATS)
 def loaded(request, data_dir):
     folder = data_dir / "stories260K" / request.param
-    with torch.device("meta"):
-        model = auto_model(str(folder))
-    weights = FORMATS[request.param](str(folder)).weights(model.config)
-    load_weights(model, weights, torch.device("cpu"), torch.float32)
-    return model.eval(), llama3_tokenizer(str(folder))
+    return load(folder, reader=FORMATS[request.param]), llama3_tokenizer(str(folder))
 
 
 @pytest.mark.data

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mytune.models import auto_model
 from mytune.modules import Decoder
 from mytune.quantization import (
     Float8WeightOnlyQuantizer,
@@ -17,8 +16,8 @@ from mytune.quantization import (
     Int8DynActInt8WeightQuantizer,
     Int8WeightOnlyQuantizer,
 )
-from mytune.training import FullModelHFCheckpointer, load_for_inference
-from tests.hf import tiny_llama
+from mytune.training import FullModelHFCheckpointer
+from tests import hf
 
 CPU = torch.device("cpu")
 # Those that run on a CPU, the class of their weights, and how far logits may move.
@@ -35,18 +34,16 @@ ON_CPU = {
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untied model in bfloat16, and a tokenizer of bytes and special tokens."""
     folder = tmp_path_factory.mktemp("base")
-    model = tiny_llama(vocab_size=512)
+    model = hf.tiny_llama(vocab_size=512)
     model.bfloat16().save_pretrained(folder)
     lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
     (folder / "tokenizer.model").write_text("".join(lines))
     return folder
 
 
-def load(folder: str | Path, dtype: torch.dtype = torch.bfloat16, **how) -> Decoder:
+def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **how) -> Decoder:
     """Load a checkpoint for inference."""
-    with torch.device("meta"):
-        model = auto_model(str(folder))
-    return load_for_inference(model, FullModelHFCheckpointer(str(folder)), CPU, dtype, **how)
+    return hf.load(folder, dtype, **how)
 
 
 def save(base: Path, target: Path, quantizer, dtype: torch.dtype = torch.bfloat16) -> Decoder:

@@ -24,18 +24,16 @@ from mytune.assets import ASSETS
 from mytune.cli.main import main
 from mytune.errors import CheckpointError, ConfigError, NumericalError, ResourceError
 from mytune.generation import generate, pack_linears
-from mytune.models import auto_model
 from mytune.quantization import Int4WeightOnlyQuantizer, Int8WeightOnlyQuantizer
 from mytune.quantization.tensors import flatten, inner_tensors, is_quantized, keys_of, rebuild
 from mytune.training import (
     FullModelHFCheckpointer,
     FullModelMetaCheckpointer,
-    load_for_inference,
 )
 from mytune.training.checkpointing.publish import verify
 from mytune.training.checkpointing.safetensors_io import write_safetensors
 from tests.hf import with_adapter
-from tests.quantization.conftest import CPU, ON_CPU, load, save, some_tokens
+from tests.quantization.conftest import ON_CPU, load, save, some_tokens
 
 INT8 = Int8WeightOnlyQuantizer()
 
@@ -141,12 +139,7 @@ def test_an_adapter_stays_beside_quantized_weights(base, quantized, tmp_path, us
     with torch.inference_mode():
         expected = theirs.eval()(some_tokens(512)).logits.float()
 
-    with torch.device("meta"):
-        model = auto_model(str(quantized))
-    checkpointer = FullModelHFCheckpointer(
-        str(quantized), adapter_checkpoint=str(tmp_path / "adapter")
-    )
-    model = load_for_inference(model, checkpointer, CPU, torch.bfloat16)
+    model = load(quantized, adapter=tmp_path / "adapter")
     assert is_quantized(model.layers[0].attn.q_proj.weight)
     plainly, adapted = logits(load(quantized)).float(), logits(model).float()
     assert (adapted - expected).norm() / expected.norm() < 0.04
@@ -277,11 +270,8 @@ def test_another_checkpointer_is_told_which_one_reads_it(quantized):
 @pytest.mark.data
 def test_metas_format_is_quantized_too(data_dir, tmp_path):
     folder = data_dir / "stories260K" / "meta"
-    with torch.device("meta"):
-        model = auto_model(str(folder))
-    checkpointer = FullModelMetaCheckpointer(str(folder))
-    model = load_for_inference(model, checkpointer, CPU, torch.float32, quantizer=INT8)
-    checkpointer.save_quantized(tmp_path / "q", model, INT8)
+    model = load(folder, torch.float32, reader=FullModelMetaCheckpointer, quantizer=INT8)
+    FullModelMetaCheckpointer(str(folder)).save_quantized(tmp_path / "q", model, INT8)
     again = load(tmp_path / "q", torch.float32)
     tokens = some_tokens(512)
     with torch.inference_mode():
@@ -306,11 +296,7 @@ def test_a_merged_adapter_is_quantized_with_its_base(base, tmp_path):
     theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
     expected = load(tmp_path / "merged", torch.float32, quantizer=INT8)
 
-    with torch.device("meta"):
-        model = auto_model(str(base))
-    adapter = str(tmp_path / "adapter")
-    checkpointer = FullModelHFCheckpointer(str(base), adapter_checkpoint=adapter)
-    model = load_for_inference(model, checkpointer, CPU, torch.float32, quantizer=INT8)
+    model = load(base, torch.float32, adapter=tmp_path / "adapter", quantizer=INT8)
     assert is_quantized(model.layers[0].attn.q_proj.weight)
     assert not hasattr(model.layers[0].attn.q_proj, "lora_A")
     # A weight at the edge of two codes may fall to either side.
