@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,27 @@ def run(tmp_path: Path) -> Run:
         file.write_text(yaml.safe_dump(config))
         command = ["run", recipe_of(config), "--config", str(file), *overrides]
         assert main(command) == code
-        folder = next((o.partition("=")[2] for o in overrides if o.startswith("output_dir=")), None)
-        metrics = Path(folder or config["output_dir"]) / "metrics.jsonl"
-        if not metrics.exists():
-            return []
-        return [json.loads(line) for line in metrics.read_text().splitlines()]
+        return metrics_of(config, overrides)
 
     return run_recipe
+
+
+def metrics_of(config: dict[str, Any], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return what a run has logged, by step; nothing if it has not begun to."""
+    said = next((o.partition("=")[2] for o in overrides if o.startswith("output_dir=")), None)
+    metrics = Path(said or config["output_dir"]) / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def curve(metrics: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
     """Return what two equal runs must share: loss, gradient norm and learning rate of each step."""
     return [(m["loss"], m["grad_norm"], m["lr"]) for m in metrics if "loss" in m]
+
+
+def assert_same_curve(
+    left: list[dict[str, Any]], right: list[dict[str, Any]], rel: float = 1e-6
+) -> None:
+    """Demand that the metrics of two runs are of equal curves, but for roundings."""
+    for a, b in zip(curve(left), curve(right), strict=True):
+        assert a == pytest.approx(b, rel=rel, abs=0)

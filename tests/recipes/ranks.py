@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -16,7 +15,7 @@ import torch
 import yaml
 
 from mytune.modules import LinearCrossEntropyLoss
-from tests.recipes.conftest import recipe_of
+from tests.recipes.conftest import metrics_of, recipe_of
 
 SHARES_4_BITS = pytest.mark.skipif(
     torch.__version__ < "2.12", reason="this torch cannot share 4-bit weights among ranks"
@@ -90,7 +89,4 @@ def run_ranks(
     finally:
         for process in processes:
             process.kill()
-    said = next((o.partition("=")[2] for o in overrides if o.startswith("output_dir=")), None)
-    metrics = Path(said or config["output_dir"]) / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return [json.loads(line) for line in lines]
+    return metrics_of(config, overrides)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mytune.quantization import dequantize_nf4, quantize_nf4
-from tests.recipes.conftest import LEVERS, LORA, curve
+from tests.recipes.conftest import LEVERS, LORA, assert_same_curve
 
 QLORA = {**LORA, "_component_": "mytune.models.qlora_auto_model"}
 VARIANTS = {
@@ -51,8 +51,7 @@ def test_qlora_is_lora_over_the_dequantized_weights(run, config, checkpoint, tmp
         f"checkpointer.checkpoint_dir={base}",
         f"output_dir={tmp_path / 'lora'}",
     )
-    for ours, theirs in zip(curve(qlora), curve(lora), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert_same_curve(qlora, lora, rel=1e-5)
     assert_loads_elsewhere(Path(config["output_dir"]) / "epoch_1", base, checkpoint)
 
 
@@ -82,8 +81,7 @@ def test_a_lever_changes_nothing(run, config, lever):
     same = ("dataset.packed=True", "max_steps_per_epoch=2", "gradient_accumulation_steps=1")
     plain = run(config, *same)
     other = run(config, *same, override, f"output_dir={config['output_dir']}_other")
-    for a, b in zip(curve(plain), curve(other), strict=True):
-        assert a == pytest.approx(b, rel=tolerance, abs=0)
+    assert_same_curve(plain, other, rel=tolerance)
 
 
 LOADING = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 from mytune.training.checkpointing.safetensors_io import SafetensorsFile
 from tests.hf import tiny_llama
-from tests.recipes.conftest import LORA, curve, recipe_of
+from tests.recipes.conftest import LORA, assert_same_curve, curve, metrics_of, recipe_of
 from tests.recipes.ranks import SHARES_4_BITS, run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -23,11 +22,6 @@ pytestmark = pytest.mark.ranks
 QLORA = {**LORA, "_component_": "mytune.models.qlora_auto_model"}
 DORA = {**LORA, "use_dora": True}
 SHARDED = "data_parallel_shard_dim=-1"
-
-
-def assert_same_curve(left, right, rel=1e-6):
-    for a, b in zip(curve(left), curve(right), strict=True):
-        assert a == pytest.approx(b, rel=rel)
 
 
 def assert_same_weights(left, right, atol=1e-4):
@@ -49,8 +43,7 @@ def test_torchrun_starts_the_ranks(run, config, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "copies of the model: 1, each shared by 2 ranks" in result.stderr
-    lines = Path(config["output_dir"], "metrics.jsonl").read_text().splitlines()
-    assert_same_curve([json.loads(line) for line in lines], alone)
+    assert_same_curve(metrics_of(config), alone)
     assert_same_weights(config["output_dir"] + "_alone/epoch_3", config["output_dir"] + "/epoch_3")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import yaml
 
 from mytune.cli import registry
-from tests.recipes.conftest import curve
+from tests.recipes.conftest import assert_same_curve, metrics_of
 from tests.recipes.ranks import free_port
 
 pytestmark = pytest.mark.ranks
@@ -102,9 +101,7 @@ def test_r10_a_rank_that_cannot_write_costs_only_the_new_checkpoint(start, run, 
     _, err = process.communicate(timeout=90)
     assert process.returncode == 0 and "step_1, after step 1" in err, err
     assert list(Path(config["output_dir"]).glob("*.tmp-*")) == []
-    lines = Path(config["output_dir"], "metrics.jsonl").read_text().splitlines()
-    for a, b in zip(curve([json.loads(line) for line in lines]), curve(expected), strict=True):
-        assert a == pytest.approx(b, rel=1e-6)
+    assert_same_curve(metrics_of(config), expected)
 
 
 def test_ranks_that_torchrun_starts_anew_go_on_from_the_last_checkpoint(
@@ -119,9 +116,7 @@ def test_ranks_that_torchrun_starts_anew_go_on_from_the_last_checkpoint(
     _, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     assert "resuming from" in err and "starting anew (restart 1)" in err
-    lines = Path(config["output_dir"], "metrics.jsonl").read_text().splitlines()
-    for a, b in zip(curve([json.loads(line) for line in lines]), curve(expected), strict=True):
-        assert a == pytest.approx(b, rel=1e-6)
+    assert_same_curve(metrics_of(config), expected)
 
 
 def test_a_run_asked_to_stop_while_it_loads_is_not_started_anew(start, config):
@@ -165,6 +160,4 @@ def test_two_nodes_make_one_run(start, run, config):
     for node in nodes:
         _, err = node.communicate(timeout=90)
         assert node.returncode == 0, err
-    lines = Path(config["output_dir"], "metrics.jsonl").read_text().splitlines()
-    for a, b in zip(curve([json.loads(line) for line in lines]), curve(expected), strict=True):
-        assert a == pytest.approx(b, rel=1e-6)
+    assert_same_curve(metrics_of(config), expected)

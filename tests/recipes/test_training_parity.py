@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mytune.models.llama3 import llama3_tokenizer
 from mytune.tokenizers import Message
-from tests.recipes.conftest import LEVERS, LORA, curve
+from tests.recipes.conftest import LEVERS, LORA, assert_same_curve, curve
 
 RELATIVE = 1e-5
 
@@ -49,7 +49,7 @@ def plain_loop(model, checkpoint, rows, steps, rows_per_step=8):
     return result
 
 
-def assert_same_curve(metrics, expected):
+def assert_plain_loops(metrics, expected):
     for got, (loss, norm) in zip(metrics, expected, strict=True):
         assert got["loss"] == pytest.approx(loss, rel=RELATIVE)
         assert got["grad_norm"] == pytest.approx(norm, rel=RELATIVE)
@@ -59,7 +59,7 @@ def test_full_fine_tuning_is_a_plain_loop(run, config, checkpoint, rows):
     metrics = run(config, "shuffle=False", "epochs=4")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     expected = plain_loop(model, checkpoint, rows, 20)
-    assert_same_curve(metrics, expected)
+    assert_plain_loops(metrics, expected)
     saved = load_file(f"{config['output_dir']}/epoch_3/model.safetensors")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(saved[name], parameter.data, rtol=0, atol=1e-4)
@@ -78,7 +78,7 @@ def test_lora_is_pefts_lora(run, config, checkpoint, rows, monkeypatch):
     assert len(start) == 1
     folder = config["output_dir"] + "_start/epoch_0/adapter"
     oracle = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
-    assert_same_curve(metrics, plain_loop(oracle, checkpoint, rows, 20))
+    assert_plain_loops(metrics, plain_loop(oracle, checkpoint, rows, 20))
 
 
 CUTS = [(1, 8), (2, 4), (4, 2), (8, 1)]
@@ -87,19 +87,18 @@ CUTS = [(1, 8), (2, 4), (4, 2), (8, 1)]
 @pytest.mark.parametrize("model", ["full", "lora"])
 def test_gradient_accumulation_changes_nothing(run, config, model):
     """Rows have unequal lengths and two of them nothing to train."""
-    curves = []
-    for size, times in CUTS:
-        metrics = run(
+    first, *others = [
+        run(
             {**config, "model": LORA if model == "lora" else config["model"]},
             f"batch_size={size}",
             f"gradient_accumulation_steps={times}",
             f"output_dir={config['output_dir']}_{size}",
             "max_steps_per_epoch=3",
         )
-        curves.append(curve(metrics))
-    for other in curves[1:]:
-        for a, b in zip(curves[0], other, strict=True):
-            assert a == pytest.approx(b, rel=1e-6)
+        for size, times in CUTS
+    ]
+    for other in others:
+        assert_same_curve(first, other)
 
 
 def test_packed_rows_train_as_unpacked_ones(run, config):
@@ -109,8 +108,7 @@ def test_packed_rows_train_as_unpacked_ones(run, config):
     packed = run(
         config, *everything, "dataset.packed=True", f"output_dir={config['output_dir']}_packed"
     )
-    for a, b in zip(curve(plain), curve(packed), strict=True):
-        assert a == pytest.approx(b, rel=2e-6)
+    assert_same_curve(plain, packed, rel=2e-6)
 
 
 @pytest.mark.parametrize("lever", LEVERS)
@@ -121,8 +119,7 @@ def test_a_lever_changes_nothing(run, config, lever):
     other = run(
         config, "max_steps_per_epoch=3", override, f"output_dir={config['output_dir']}_other"
     )
-    for a, b in zip(curve(plain), curve(other), strict=True):
-        assert a == pytest.approx(b, rel=tolerance, abs=0)
+    assert_same_curve(plain, other, rel=tolerance)
 
 
 def test_the_seed_decides_order_dropout_and_adapters(run, config):
