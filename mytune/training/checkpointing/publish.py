@@ -13,9 +13,8 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from torch import Tensor
@@ -202,8 +201,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A directory that looks like a published checkpoint; `step` is -1 where no manifest tells."""
 
     path: Path
@@ -229,7 +227,7 @@ def prune(output_dir: Path, keep: int, needed: Collection[Path]) -> None:
         needed: always stay: the newest, just verified, and what the run reads.
     """
     stay = {path.resolve() for path in needed}
-    found = [c.path for c in candidates(output_dir) if c.step >= 0]
+    found = [path for path, step in candidates(output_dir) if step >= 0]
     older = [path for path in found if path.resolve() not in stay]
     for path in older[keep - 1 :]:
         log.info("Removing %s (keep_last_n_checkpoints=%d)", path, keep)

@@ -107,7 +107,7 @@ class Branch(NamedTuple):
 
 def set_aside(output_dir: Path, branch: Branch) -> None:
     """Rename newer checkpoints that did not come from where a branch begins: it replaces them."""
-    for path, step in ((c.path, c.step) for c in candidates(output_dir)):
+    for path, step in candidates(output_dir):
         if step > branch.step and _origin(path) != branch.name:
             aside = path.with_name(f"{path.name}.kept-{uuid4().hex}")
             os.rename(path, aside)
