@@ -31,15 +31,14 @@ class Parser(argparse.ArgumentParser):
             help="let the config name components of the package NAME; repeatable",
         )
 
-    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse an empty value of an option: a variable of the shell was not set."""
-        words = [*((args and args[0]) or ()), "-"]
-        for word, following in pairwise(words):
+        for word, following in pairwise([*(args or ()), "-"]):
             option, equals, value = word.partition("=")
             checked = option in self._option_string_actions and option not in self.may_be_empty
             if checked and not (value if equals else following):
                 self.error(f"argument {option}: its value is empty")
-        return super().parse_known_args(*args, **options)
+        return super().parse_known_args(args, namespace)
 
     def near(self, option: str) -> str:
         """Return `"; did you mean '--x'?"`, or nothing."""
