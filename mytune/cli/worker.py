@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from mytune.errors import RanksLost, StoppedEarly
+
 # Environment variable: a folder with one for each attempt (torchrun's --max-restarts begins new
 # ones), where each process leaves a file called as its pid and, when it ends, an outcome beside it.
 FOLDER = "MYTUNE_WORKERS"
 # A file in an attempt that was asked to stop: how processes of a later one end, at once.
 STOP = "stop"
-_STOPPED = 75
 
 
 def main() -> int:
@@ -23,7 +24,6 @@ def main() -> int:
     from mytune.cli.report import open_streams, outcome, say
     from mytune.cli.run import execute, parse
     from mytune.config import load_config
-    from mytune.errors import RanksLost
 
     open_streams()
     mine = Path(os.environ.pop(FOLDER), os.environ["TORCHELASTIC_RESTART_COUNT"], str(os.getpid()))
@@ -55,7 +55,7 @@ def main() -> int:
     part.write_text(json.dumps({"lost": lost, "time": time.time(), "code": code, "text": text}))
     part.rename(mine.with_suffix(".json"))
     # torchrun ends all ranks as soon as one fails; in a run that stops early each takes its time.
-    return 0 if stopped or code == _STOPPED else code
+    return 0 if stopped or code == StoppedEarly.exit_code else code
 
 
 def running(attempt: Path) -> list[int]:
@@ -95,7 +95,7 @@ def _watch(attempt: Path, launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1)
         gone = not all(map(_exists, running(attempt)))
-        if gone or first_failure(attempt).code not in (0, _STOPPED):
+        if gone or first_failure(attempt).code not in (0, StoppedEarly.exit_code):
             time.sleep(5)
             break
     os._exit(1)
