@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Unpack
@@ -122,17 +121,11 @@ class Decoding:
     ) -> None:
         for prompt in prompts:
             check_prompt(prompt, model.config)
-        if prompt_cache and len(prompts) * num_samples != 1:
-            raise ConfigError("a prompt cache is of one row: give it one prompt, and num_samples=1")
-        if prompt_cache and len(prompts[0]) >= prompt_cache.length:
-            raise ConfigError(
-                f"the prompt has {len(prompts[0])} tokens, which leaves no room for another one in "
-                f"the KV cache's {prompt_cache.length} positions"
-            )
+        positions = model.config.max_seq_len
+        if prompt_cache:
+            _check_fits(prompt_cache, prompts, num_samples)
+            positions = min(positions, prompt_cache.length)
         check_sampling(**sampling)
-        positions = min(
-            model.config.max_seq_len, prompt_cache.length if prompt_cache else sys.maxsize
-        )
         limits = _limits(prompts, max_new_tokens, positions)
         check_at_least(1, {"num_samples": num_samples})
         self.rows = [Row(limit) for limit in limits for _ in range(num_samples)]
@@ -307,6 +300,16 @@ def _send(tensors: Sequence[Tensor]) -> Callable[[], list[list[Any]]]:
 def _logprobs(logits: Tensor, chosen: Tensor) -> Tensor:
     """Return the log-probabilities [b] of chosen tokens [b] under logits [b, vocab]."""
     return logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
+
+
+def _check_fits(cache: PromptCache, prompts: Sequence[Sequence[int]], num_samples: int) -> None:
+    if len(prompts) * num_samples != 1:
+        raise ConfigError("a prompt cache is of one row: give it one prompt, and num_samples=1")
+    if len(prompts[0]) >= cache.length:
+        raise ConfigError(
+            f"the prompt has {len(prompts[0])} tokens, which leaves no room for another one in "
+            f"the KV cache's {cache.length} positions"
+        )
 
 
 def _limits(
