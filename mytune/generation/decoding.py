@@ -342,6 +342,7 @@ def _cached_reader(
     """Return what reads so many rows; `common` positions of them are the same."""
     compile = compile and can_compile(model)
     static = compile or model.device.type == "cuda"
+    static &= type(model).forward is Decoder.forward  # which StaticReader does in its place
     if static:
         length = -(-length // 256) * 256  # few lengths: each is compiled for itself
     device, dtype = model.device, model.dtype

@@ -95,8 +95,8 @@ def _join(module: nn.Module, names: Sequence[str], tokens: int) -> None:
 
 
 def _is_linear(name: str, module: nn.Module) -> bool:
-    """Say whether a module is a linear, and no adapter's."""
-    return type(module) is nn.Linear and not is_adapter(name)
+    """Say whether a module is a linear without bias, and no adapter's."""
+    return type(module) is nn.Linear and module.bias is None and not is_adapter(name)
 
 
 def packed_linear(weight: Tensor, rows: int, tokens: int) -> nn.Module | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -115,7 +115,7 @@ def base_weight(module: nn.Module) -> Tensor:
 
 
 def apply_lora(model: nn.Module, lora: LoRAConfig, only: Collection[str] | None = None) -> None:
-    """Give every linear whose last name is in `lora.modules` adapters, and freeze all else.
+    """Give every linear whose last name is in `lora.modules` adapters, and freeze all but adapters.
 
     The linears are changed in place: names of weights, hooks and devices stay.
 
@@ -133,11 +133,21 @@ def apply_lora(model: nn.Module, lora: LoRAConfig, only: Collection[str] | None 
     linears = {name: m for name, m in model.named_modules() if type(m) in _ADAPTED}
     leaves = {name.rpartition(".")[2] for name in linears}
     _check_names(lora.modules, leaves)
-    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
     for name, linear in linears.items():
         if name.rpartition(".")[2] in lora.modules and (only is None or name in only):
             linear.__class__ = _ADAPTED[type(linear)]
             linear.add_adapter(lora)
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Make linears with adapters what they were before, in place; the inverse of `apply_lora`."""
+    plain = {adapted: kind for kind, adapted in _ADAPTED.items()}
+    for _, module in list(lora_modules(model)):
+        for name in ("lora", "lora_A", "lora_B", "lora_magnitude_vector"):
+            delattr(module, name)
+        module.__class__ = plain[type(module)]
 
 
 def _check_names(modules: Collection[str], leaves: Collection[str]) -> None:
@@ -188,18 +198,24 @@ def is_adapter(parameter_name: str) -> bool:
 
 
 def adapter_config(model: nn.Module) -> dict[str, Any] | None:
-    """Return the adapters' settings in PEFT's words, or None for a model without adapters."""
-    first = next(lora_modules(model), None)
-    if first is None:
+    """Return the adapters' settings in PEFT's words, or None for a model without adapters.
+
+    Raises:
+        ConfigError: they differ in more than the modules that are adapted.
+    """
+    settings = [module.lora for _, module in lora_modules(model)]
+    if not settings:
         return None
-    lora = first[1].lora
+    lora = settings[0]
+    if any(replace(each, modules=lora.modules) != lora for each in settings):
+        raise ConfigError("adapters of different rank, alpha or kind cannot be saved as one")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": list(lora.modules),
+        "target_modules": list(dict.fromkeys(name for each in settings for name in each.modules)),
         "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
         "bias": "none",

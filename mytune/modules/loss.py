@@ -178,11 +178,13 @@ class LinearCrossEntropyLoss:
         if self.num_output_chunks:
             chunk = max(1, math.ceil(len(labels) / self.num_output_chunks))
         head: Any = model.embed_tokens if model.lm_head is None else model.lm_head
+        if type(model).head is not Decoder.head:
+            head = None  # one of its own does more, such as capping the logits
         if type(head) in (nn.Embedding, nn.Linear):
             return linear_cross_entropy(hidden, head.weight, labels, chunk)
         if type(head) in (NF4Embedding, NF4Linear):
             return linear_cross_entropy(hidden, head, labels, chunk)
-        total = hidden.new_zeros((), dtype=torch.float32)  # a head with adapters: recompute instead
+        total = hidden.new_zeros((), dtype=torch.float32)  # other heads are recomputed instead
         for rows, picked in zip(hidden.split(chunk), labels.split(chunk), strict=True):
             total = total + checkpoint(_head_loss, model, rows, picked, use_reentrant=False)
         return total

@@ -110,11 +110,11 @@ class Llama3Tokenizer:
         self._tokens = vocabulary.tokens | special_bytes
         self.vocab_size = max(self._tokens) + 1
         self._template = resolve_template(prompt_template)
-        self.chat_template = None if self._template else CHAT_TEMPLATE
+        ours = type(self) is Llama3Tokenizer  # a subclass is somebody's code, which may change
+        self.chat_template = CHAT_TEMPLATE if ours and not self._template else None
         self._headers = {role: self._header(role) for role in ROLES}
-        self.fingerprint = _fingerprint(
-            vocabulary.digest, self.special_tokens, self._template, max_seq_len
-        )
+        print_of = partial(_fingerprint, vocabulary.digest, self.special_tokens)
+        self.fingerprint = print_of(self._template, max_seq_len) if ours else None
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Return the ids of `text`; what looks like a special token in it is text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,13 @@ from torch import Tensor, nn
 
 from mytune.errors import ConfigError
 from mytune.modules.decoder import Decoder
-from mytune.modules.lora import MergedWeights, adapter_state, apply_lora, lora_config_from_peft
+from mytune.modules.lora import (
+    MergedWeights,
+    adapter_state,
+    apply_lora,
+    lora_config_from_peft,
+    remove_adapters,
+)
 from mytune.quantization.nf4 import NF4Linear
 from mytune.quantization.quantizers import (
     check_quantizer,
@@ -71,12 +78,11 @@ def load_for_inference(
     fill = load_weights if quantizer is None else partial(_load_quantized, quantizer=quantizer)
     weights = checkpointer.weights(model.config) if stored is None else stored
     if adapter is not None and merge_adapter and not has_nf4 and stored is None:
-        cpu = torch.device("cpu")
+        cpu, plain = torch.device("cpu"), deepcopy(model)
+        remove_adapters(plain)
         load_weights(model, weights, cpu, dtype)
         load_adapters(model, adapter, cpu, seed=0)
-        weights, adapter = MergedWeights(model), None
-        with torch.device("meta"):
-            model = Decoder(model.config)
+        weights, adapter, model = MergedWeights(model), None, plain
     fill(model, weights, device, dtype)
     load_adapters(model, adapter, device, seed=0)
     return model.eval()
