@@ -72,6 +72,7 @@ from mytune.training import (
     StepInBackward,
     StepSettings,
     StopSignal,
+    advanced,
     all_sum,
     check_disk_space,
     check_finite,
@@ -128,7 +129,7 @@ from mytune.training import (
 # What the recipe hands to components itself: a config need not name it.
 SUPPLIED = {
     "optimizer": ["params"],
-    "lr_scheduler": ["optimizer", "num_training_steps", "last_epoch"],
+    "lr_scheduler": ["optimizer", "num_training_steps"],
     "dataset": ["tokenizer"],
     "dataset_val": ["tokenizer"],
 }
@@ -344,12 +345,8 @@ def main(cfg: Config) -> None:
         in_backward = StepInBackward(optimizer) if cfg.optimizer_in_bwd else None
         if resumed:
             load_optimizer_state(model, optimizer, resumed.tensors(), resumed.state["optimizer"])
-        lr_scheduler = instantiate(
-            cfg.lr_scheduler,
-            optimizer,
-            num_training_steps=total_steps,
-            last_epoch=step - 1,
-        )
+        build = partial(instantiate, cfg.lr_scheduler, optimizer, num_training_steps=total_steps)
+        lr_scheduler = advanced(build, optimizer, step)
 
         # From here on the folders are this run's.
         for folder in folders:

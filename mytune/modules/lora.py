@@ -143,7 +143,7 @@ def apply_lora(model: nn.Module, lora: LoRAConfig, only: Collection[str] | None 
 
 def remove_adapters(model: nn.Module) -> None:
     """Make linears with adapters what they were before, in place; the inverse of `apply_lora`."""
-    plain = {adapted: kind for kind, adapted in _ADAPTED.items()}
+    plain: dict[type[nn.Module], Any] = {adapted: kind for kind, adapted in _ADAPTED.items()}
     for _, module in list(lora_modules(model)):
         for name in ("lora", "lora_A", "lora_B", "lora_magnitude_vector"):
             delattr(module, name)

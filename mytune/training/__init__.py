@@ -17,7 +17,7 @@ __all__, __getattr__ = lazy_names(
         "inference": "load_for_inference",
         "planning.smaller": "settings_to_share smaller_settings",
         "lr_schedulers": (
-            "get_constant_schedule_with_warmup get_cosine_schedule_with_warmup "
+            "advanced get_constant_schedule_with_warmup get_cosine_schedule_with_warmup "
             "get_linear_schedule_with_warmup get_lr"
         ),
         "memory": "memory_stats peak_memory_gb reset_peak_memory",

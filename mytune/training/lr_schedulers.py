@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mytune.errors import ConfigError, check_at_least
 
@@ -101,6 +102,23 @@ def _schedule(
         lr = group["lr"]  # where it is a tensor, it is changed in place
         group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
     return LambdaLR(optimizer, factor, last_epoch)
+
+
+def advanced(build: Callable[[], LRScheduler], optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Return the schedule that `build` makes for an optimizer, as it is after so many steps.
+
+    It takes them anew from the first rates: a torch schedule need not be in closed form, and its
+    state need not be stored.
+    """
+    for group in optimizer.param_groups:
+        first = group.get("initial_lr", group["lr"])
+        group["lr"] = first.clone() if isinstance(first, Tensor) else first
+    schedule = build()
+    with warnings.catch_warnings():  # the optimizer's own steps were taken before
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(steps):
+            schedule.step()
+    return schedule
 
 
 def get_lr(optimizer: Optimizer) -> float:

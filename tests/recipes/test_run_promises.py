@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,3 +345,64 @@ def test_a_folder_of_metrics_belongs_to_one_run(run, config, tmp_path, capsys):
     run(other, code=7)
     assert f"metric_logger.log_dir: {tmp_path}" in capsys.readouterr().err
     assert (tmp_path / "logs" / "metrics.jsonl").read_bytes() == before
+
+
+OWN = """
+import torch
+from torch.optim import lr_scheduler as torchs
+
+
+def sequential(optimizer, num_training_steps):
+    rise = torchs.LinearLR(optimizer, 0.1, total_iters=2)
+    fall = torchs.CosineAnnealingLR(optimizer, num_training_steps - 2)
+    return torchs.SequentialLR(optimizer, [rise, fall], [2])
+
+
+def one_cycle(optimizer, num_training_steps):
+    return torchs.OneCycleLR(optimizer, 1e-3, num_training_steps)
+
+
+def stairs(optimizer, num_training_steps):
+    return torchs.MultiStepLR(optimizer, [1, 3])
+
+
+class Growing(torch.optim.SGD):
+    # Keeps what it has learned in its groups, as Prodigy does.
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.defaults["d"] = 0.5
+        for group in self.param_groups:
+            group["d"] = 0.5
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["d"] *= 1.5
+            with torch.no_grad():
+                for p in group["params"]:
+                    p -= group["lr"] * group["d"] * p.grad
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr_scheduler": {"_component_": "own.sequential"}},
+        {"lr_scheduler": {"_component_": "own.one_cycle"}},
+        {"lr_scheduler": {"_component_": "own.stairs"}},
+        {"optimizer": {"_component_": "own.Growing", "lr": 1e-3}},
+    ],
+    ids=str,
+)
+def test_r1_schedules_and_optimizers_of_ones_own_resume_exactly(
+    run, config, change, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    (tmp_path / "own.py").write_text(OWN)
+    config |= {**change, "max_steps_per_epoch": 2, "epochs": 2}
+    straight = run({**config, "output_dir": config["output_dir"] + "_straight"})
+    run(config)
+    shutil.rmtree(Path(config["output_dir"]) / "epoch_1")
+    assert curve(run(config, "resume_from_checkpoint=True")) == curve(straight)
+    assert len({m["lr"] for m in straight}) > 1 or "optimizer" in change
+    assert "in the checkpoint" not in capsys.readouterr().err

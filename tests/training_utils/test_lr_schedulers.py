@@ -9,6 +9,7 @@ import torch
 
 from mytune.errors import ConfigError
 from mytune.training.lr_schedulers import (
+    advanced,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
@@ -50,15 +51,17 @@ def test_rates_are_the_closed_form_also_after_resume(name, done):
         schedule.step()
 
 
-def test_an_optimizer_restored_in_mid_schedule_keeps_its_peak():
-    first = optimizer()
+@pytest.mark.parametrize(
+    "peak", [PEAK, torch.tensor(PEAK, dtype=torch.float64)], ids=["", "tensor"]
+)
+def test_an_optimizer_restored_in_mid_schedule_goes_on_from_there(peak):
+    first, second = optimizer(peak), optimizer(peak)
     schedule = get_cosine_schedule_with_warmup(first, WARMUP, TOTAL)
     for _ in range(20):
         first.step()
         schedule.step()
-    second = optimizer()
     second.load_state_dict(first.state_dict())
-    get_cosine_schedule_with_warmup(second, WARMUP, TOTAL, last_epoch=19)
+    advanced(lambda: get_cosine_schedule_with_warmup(second, WARMUP, TOTAL), second, 20)
     assert get_lr(second) == get_lr(first) == pytest.approx(cosine(20), rel=1e-12)
 
 

@@ -62,7 +62,13 @@ def optimizer_state(
         for name, (parameter, states) in owned.items()
         if parameter in states
     }
-    return tensors, {"class": _class_name(optimizer), "groups": groups, "state": state}
+    defaults = {
+        key: _encode(value, f"optimizer/defaults/{key}", tensors)
+        for key, value in _given(optimizer).items()
+        if key not in _IMPLEMENTATION
+    }
+    kind = _class_name(optimizer)
+    return tensors, {"class": kind, "defaults": defaults, "groups": groups, "state": state}
 
 
 def load_optimizer_state(
@@ -77,13 +83,14 @@ def load_optimizer_state(
     names = {parameter: name for name, (parameter, _) in owned.items()}
     own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     _check_same_optimizer(own, optimizer, said)
+
+    def decode(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: _decode(v, lambda path: tensors[path].clone()) for key, v in values.items()}
+
     for group, saved in zip(optimizer.param_groups, said["groups"], strict=True):
         try:
-            settings = {
-                key: _decode(value, lambda path: tensors[path].clone())
-                for key, value in saved["settings"].items()
-            }
-            _take_settings(group, settings)
+            then, now = decode(said["defaults"]), _given(optimizer)
+            _take_settings(group, decode(saved["settings"]), then, now)
             for name in set(saved["params"]) & said["state"].keys():
                 parameter, states = owned[name]
                 states[parameter] = {
@@ -130,19 +137,36 @@ def _owned(
     }
 
 
-def _take_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Take a group's saved settings, but what the config has changed since: that wins."""
-    fresh = {key: value for key, value in group.items() if key in saved and key != "params"}
+def _given(optimizer: Any) -> dict[str, Any]:
+    """Return what the config gave an optimizer; torchao's CPUOffloadOptimizer gave it to others."""
+    inner = [*getattr(optimizer, "optim_dict", {}).values(), getattr(optimizer, "d_opt", None)]
+    found: dict[str, Any] = next(o.defaults for o in (*inner, optimizer) if hasattr(o, "defaults"))
+    return found
+
+
+def _take_settings(
+    group: dict[str, Any],
+    saved: Mapping[str, Any],
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+) -> None:
+    """Take a group's saved settings, but what the config has changed since: that wins.
+
+    Some optimizers keep numbers of their own among them, which change from step to step.
+
+    Args:
+        then, now: what the optimizer was given, and is.
+    """
+    fresh = {key: value for key, value in group.items() if key in saved}
     group.update(saved)
-    for key, now in fresh.items():
-        was = saved.get("initial_lr", saved[key]) if key == "lr" else saved[key]
-        if was == now:
+    for key in [key for key in fresh if key in then and key in now]:
+        if then[key] == now[key]:
             continue
-        values = [v.item() if isinstance(v, Tensor) else v for v in (was, now)]
+        values = [v.item() if isinstance(v, Tensor) else v for v in (then[key], now[key])]
         log.warning("optimizer.%s was %s in the checkpoint and is %s now", key, *values)
-        group[key] = now
+        group[key] = fresh[key]
         if key == "lr" and "initial_lr" in saved:
-            group.update(initial_lr=now, lr=saved["lr"] / was * now if was else now)
+            group["initial_lr"] = fresh[key]
 
 
 def _check_same_optimizer(
