@@ -66,6 +66,7 @@ from mytune.tokenizers import ModelTokenizer, check_vocabulary
 from mytune.training import (
     MemoryPlan,
     MetricLoggers,
+    NotPlanned,
     ProgressBar,
     Published,
     RunFacts,
@@ -514,7 +515,10 @@ def choose_memory_settings(
     dims = (cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim)
     fits = bool(adapter_state(model))
     if fits and world_size() > 1 and dims == (None, None):
-        fits = bool(plan_memory(model, loss_fn, settings, memory).fits)
+        try:
+            fits = bool(plan_memory(model, loss_fn, settings, memory).fits)
+        except NotPlanned as error:
+            log.warning("each device is given the whole model: %s", error)
     settings = replace(settings, shard_ranks=ranks_per_copy(*dims, fits=fits))
     if cfg.ac_mode == "auto" and memory is not None:
         blocks = fewest_recomputed_blocks(model, loss_fn, settings, memory)

@@ -24,7 +24,7 @@ ALLOWED = {
     "models": {"modules", "quantization", "tokenizers"},
     "datasets": {"tokenizers"},
     "generation": {"modules", "quantization", "tokenizers"},
-    "evaluation": {"modules", "tokenizers", "generation", "training"},
+    "evaluation": {"modules", "quantization", "tokenizers", "generation", "training"},
     "training": {"modules", "models", "quantization", "config", "tokenizers"},
     "assets": {"tokenizers"},
 }

@@ -10,7 +10,7 @@ __all__, __getattr__ = lazy_names(
             "LoRAConfig LoRALinear MergedWeights adapter_config adapter_state apply_lora "
             "init_adapters lora_config_from_peft"
         ),
-        "loss": "LinearCrossEntropyLoss linear_cross_entropy target_index",
+        "loss": "LinearCrossEntropyLoss linear_cross_entropy target_index trained_hidden",
         "masks": "document_mask packed_mask",
     },
 )

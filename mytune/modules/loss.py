@@ -159,19 +159,7 @@ class LinearCrossEntropyLoss:
                 `positions` and `document_ids` [b, s]. `target_index` [n], the flat places of the
                 trained labels, spares the device a round trip.
         """
-        documents, sizes = batch.get("document_ids"), model.config
-        mask = (
-            None
-            if documents is None
-            else packed_mask(documents, sizes.head_dim, sizes.attn_dropout)
-        )
-        hidden = model(batch["tokens"], batch.get("positions"), mask, output_hidden=True)
-        labels = batch["labels"].flatten()
-        index = batch.get("target_index")
-        if index is None:
-            index = target_index(labels)
-        hidden, labels = hidden.flatten(0, 1)[index], labels[index]
-        return self._loss(model, hidden, labels)
+        return self._loss(model, *trained_hidden(model, batch))
 
     def _loss(self, model: Decoder, hidden: Tensor, labels: Tensor) -> Tensor:
         chunk = self.chunk_size
@@ -188,6 +176,25 @@ class LinearCrossEntropyLoss:
         for rows, picked in zip(hidden.split(chunk), labels.split(chunk), strict=True):
             total = total + checkpoint(_head_loss, model, rows, picked, use_reentrant=False)
         return total
+
+
+def trained_hidden(model: Decoder, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the hidden states [n, d] that predict the trained tokens of a batch, and those [n].
+
+    `model.head` makes logits of them. Packed rows attend to their own document only.
+
+    Args:
+        batch: see `LinearCrossEntropyLoss`.
+    """
+    documents, sizes = batch.get("document_ids"), model.config
+    mask = None
+    if documents is not None:
+        mask = packed_mask(documents, sizes.head_dim, sizes.attn_dropout)
+    hidden = model(batch["tokens"], batch.get("positions"), mask, output_hidden=True)
+    labels, index = batch["labels"].flatten(), batch.get("target_index")
+    if index is None:
+        index = target_index(labels)
+    return hidden.flatten(0, 1)[index], labels[index]
 
 
 def _head_loss(model: Decoder, hidden: Tensor, labels: Tensor) -> Tensor:

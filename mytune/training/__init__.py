@@ -29,7 +29,7 @@ __all__, __getattr__ = lazy_names(
         "planning.plan": (
             "MemoryPlan device_memory fewest_ranks fewest_recomputed_blocks plan_memory"
         ),
-        "planning.simulate": "StepSettings",
+        "planning.simulate": "NotPlanned StepSettings",
         "planning.page": "RunFacts describe_plan measured_speed",
         "prepare": "compile_blocks count_parameters load_adapters load_weights "
         "warn_of_untrained_tokens",

@@ -18,7 +18,7 @@ log = logging.getLogger("mytune")
 
 def get_cosine_schedule_with_warmup(
     optimizer: Optimizer,
-    num_warmup_steps: int,
+    num_warmup_steps: float,
     num_training_steps: int,
     num_cycles: float = 0.5,
     last_epoch: int = -1,
@@ -28,7 +28,8 @@ def get_cosine_schedule_with_warmup(
 
     `min_lr_ratio` times the lr is the lowest after the rise, in place of 0.
 
-    Step 0 has lr 0 and the peak is at step `num_warmup_steps`. To resume after n steps give the
+    Step 0 has lr 0 and the peak is at step `num_warmup_steps`; below 1, that is a share of all
+    steps. To resume after n steps give the
     optimizer with its full lr and `last_epoch=n - 1`.
     """
     if not 0 < num_cycles < 1e9:
@@ -44,7 +45,7 @@ def get_cosine_schedule_with_warmup(
 
 def get_linear_schedule_with_warmup(
     optimizer: Optimizer,
-    num_warmup_steps: int,
+    num_warmup_steps: float,
     num_training_steps: int,
     last_epoch: int = -1,
     min_lr_ratio: float = 0.0,
@@ -63,7 +64,7 @@ def get_linear_schedule_with_warmup(
 
 
 def get_constant_schedule_with_warmup(
-    optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, last_epoch: int = -1
+    optimizer: Optimizer, num_warmup_steps: float, num_training_steps: int, last_epoch: int = -1
 ) -> LambdaLR:
     """Rise linearly from 0 to the optimizer's lr and stay there."""
     return _schedule(
@@ -73,7 +74,7 @@ def get_constant_schedule_with_warmup(
 
 def _schedule(
     optimizer: Optimizer,
-    warmup: int,
+    warmup: float,
     total: int,
     after_warmup: Callable[[float], float],
     last_epoch: int,
@@ -82,7 +83,12 @@ def _schedule(
     """Return a ramp and then `after_warmup(progress)`, progress going from 0 to 1."""
     if not 0 <= min_lr_ratio <= 1:
         raise ConfigError(f"lr_scheduler: min_lr_ratio is {min_lr_ratio}; it must be from 0 to 1")
-    check_at_least(0, {"lr_scheduler: num_warmup_steps": warmup})
+    if warmup < 0 or (warmup > 1 and warmup % 1):
+        raise ConfigError(
+            f"lr_scheduler: num_warmup_steps is {warmup}; it must be a whole number, or below 1 a "
+            "share of all steps"
+        )
+    warmup = round(warmup * total) if warmup < 1 else int(warmup)
     check_at_least(1, {"lr_scheduler: num_training_steps": total})
     check_at_least(-1, {"lr_scheduler: last_epoch": last_epoch})
     if warmup >= total:

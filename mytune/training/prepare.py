@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mytune._sharded import fill, local, own_rows, sharded_as, whole
-from mytune.errors import CheckpointError
+from mytune.errors import CheckpointError, shortened
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import adapter_config, adapter_state, init_adapters, is_adapter
 from mytune.quantization.nf4 import NF4Linear
@@ -39,15 +39,27 @@ def load_weights(
     Mapped tensors that already have the right dtype and device are assigned, not copied. 4-bit
     linears quantize their weight as it comes. Of a sharded weight a rank reads its own rows only.
     Adapters are left for `load_adapters`. `prefix`: of what part of a model the weights are.
+
+    Raises:
+        CheckpointError: the model has parameters that no checkpoint of its sizes has.
     """
+    there, unknown = set(weights), []  # a mapping may read a tensor to know whether it is there
     for path, module in model.named_modules(prefix=prefix):
         if isinstance(module, NF4Linear):
             module.quantize_(weights[f"{path}.weight"], device, dtype)
             continue
         for name, parameter in list(module.named_parameters(path, recurse=False)):
-            if not is_adapter(name):
+            if name not in there and not is_adapter(name):
+                unknown.append(name)
+            elif not is_adapter(name):
                 rows = read_rows(weights, name, own_rows(parameter)).to(device, dtype)
                 setattr(module, name.rpartition(".")[2], _like(parameter, rows))
+    if unknown:
+        raise CheckpointError(
+            "the model has parameters that a checkpoint of its sizes does not have: a component "
+            "of yours adds them, and a checkpointer of yours must read and write them",
+            shortened(unknown),
+        )
 
 
 @torch.no_grad()
@@ -71,7 +83,7 @@ def load_adapters(
         init_adapters(model, seed)
         return
     own, (tensors, config) = adapter_state(model), adapter
-    check_adapter(tensors, own)
+    check_adapter(adapter, own)
     _check_scaling(config, adapter_config(model) or {})
     for name, tensor in tensors.items():
         fill(own[name], tensor)

@@ -110,7 +110,7 @@ def test_an_adapter_alone_is_saved_and_read_back_exactly(
     latest = named.latest()
     assert latest is not None
     for state, config in (named.adapter_weights(), latest.adapter_weights()):  # type: ignore[misc]
-        check_adapter(state, adapter_state(model))
+        check_adapter((state, config), adapter_state(model))
         assert all(torch.equal(state[name], t) for name, t in adapter_state(model).items())
         said = adapter_config(model)
         assert said is not None
@@ -187,7 +187,8 @@ def test_the_adapter_names_its_base_model(hf_dir: Path, tmp_path: Path) -> None:
 def test_an_adapter_that_does_not_fit_is_told_tensor_by_tensor() -> None:
     with pytest.raises(CheckpointError) as caught:
         check_adapter(
-            {"a": torch.ones(2), "b": torch.ones(3)}, {"b": torch.ones(4), "c": torch.ones(5)}
+            ({"a": torch.ones(2), "b": torch.ones(3)}, {"r": 4}),
+            {"b": torch.ones(4), "c": torch.ones(5)},
         )
     assert caught.value.details == [
         "mismatched b: expected [4], found [3]",
@@ -210,6 +211,21 @@ def test_torchtunes_own_file_of_an_adapter_is_told_from_pefts(hf_dir: Path, tmp_
 
 
 def test_of_an_adapter_of_another_model_not_every_tensor_is_told() -> None:
-    with pytest.raises(CheckpointError, match="70 of its tensors differ; base model") as caught:
-        check_adapter({}, {f"{i:02}": torch.ones(2) for i in range(70)})
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    told = "70 of its tensors differ; .*lora_rank=4 model.lora_alpha=8 .*=\\[q_proj,v_proj\\]'"
+    with pytest.raises(CheckpointError, match=told) as caught:
+        check_adapter(({}, config), {f"{i:02}": torch.ones(2) for i in range(70)})
     assert caught.value.details[-2:] == ["missing 03: expected [2]", "and 66 more"]
+
+
+@pytest.mark.parametrize("name", ["adapter", "adapter/adapter_model.safetensors", "."])
+def test_an_adapter_is_not_added_to_the_weights_it_is_merged_into(
+    hf_dir: Path, tmp_path: Path, name: str
+) -> None:
+    checkpointer = FullModelHFCheckpointer(str(hf_dir), output_dir=str(tmp_path / "out"))
+    saved = save(checkpointer, adapted(checkpointer, KINDS["LoRA"]), tiny.SIZES)
+    named = FullModelHFCheckpointer(str(saved), adapter_checkpoint=str(saved / name))
+    with pytest.raises(CheckpointError, match=r"epoch_0 has the adapter .*/adapter merged in"):
+        named.adapter_weights()
+    base = FullModelHFCheckpointer(str(hf_dir), adapter_checkpoint=str(saved / name))
+    assert base.adapter_weights() is not None

@@ -12,7 +12,16 @@ from mytune.errors import ConfigError
 from mytune.models.auto import sizes_from_hf
 from mytune.models.builders import lora_decoder
 from mytune.modules.decoder import Decoder
-from mytune.modules.lora import MergedWeights, adapter_state, init_adapters, lora_config_from_peft
+from mytune.modules.lora import (
+    LoRAConfig,
+    MergedWeights,
+    adapter_config,
+    adapter_state,
+    apply_lora,
+    init_adapters,
+    is_adapter,
+    lora_config_from_peft,
+)
 from tests.hf import our_names, tiny_llama
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
@@ -166,3 +175,14 @@ def test_peft_settings_are_read_back():
     model, _ = build(use_rslora=True)
     config = lora_config_from_peft(adapter_config(model))
     assert config.use_rslora and config.rank == 4 and "o_proj" in config.modules
+
+
+def test_modules_are_adapted_one_after_the_other_and_all_train():
+    model = Decoder(sizes_from_hf(tiny_llama().config.to_dict()))
+    apply_lora(model, LoRAConfig(("q_proj",), 4, 8))
+    apply_lora(model, LoRAConfig(("up_proj",), 4, 8))
+    assert all(p.requires_grad == is_adapter(name) for name, p in model.named_parameters())
+    assert adapter_config(model)["target_modules"] == ["q_proj", "up_proj"]
+    apply_lora(model, LoRAConfig(("v_proj",), 4, 16))
+    with pytest.raises(ConfigError, match="of different rank, alpha or kind"):
+        adapter_config(model)

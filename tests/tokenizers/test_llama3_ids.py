@@ -215,3 +215,11 @@ def test_decoding_text_gives_it_back(pair: tuple[Llama3Tokenizer, tiktoken.Encod
     tokenizer, _ = pair
     for text in SAMPLES[:-1] + random_texts(200, seed=3):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_subclass_is_somebodys_code_and_not_taken_for_the_same(tiny_file: Path) -> None:
+    class Own(Llama3Tokenizer):
+        pass
+
+    assert Llama3Tokenizer(tiny_file).fingerprint == Llama3Tokenizer(tiny_file).fingerprint
+    assert (Own(tiny_file).fingerprint, Own(tiny_file).chat_template) == (None, None)

@@ -111,3 +111,15 @@ def test_wrong_arguments_are_config_errors(arguments, message):
         get_cosine_schedule_with_warmup(
             optimizer(), **{"num_warmup_steps": 1, "num_training_steps": 10, **arguments}
         )
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_warm_up_below_1_is_a_share_of_all_steps(name):
+    build, _ = SCHEDULES[name]
+    share, steps = optimizer(), optimizer()
+    build(share, 0.25, TOTAL, last_epoch=4)
+    build(steps, 10, TOTAL, last_epoch=4)
+    assert get_lr(share) == get_lr(steps) == pytest.approx(PEAK / 2)
+    for wrong in (1.5, -0.1):
+        with pytest.raises(ConfigError, match=f"num_warmup_steps is {wrong}; .* a share of all"):
+            build(optimizer(), wrong, TOTAL)

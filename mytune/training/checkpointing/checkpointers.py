@@ -175,6 +175,13 @@ class _Checkpointer:
             raise CheckpointError(
                 f"adapter_checkpoint: there is no {' or '.join(map(str, dict.fromkeys(paths)))}"
             )
+        merged = (self.source_dir / "adapter").resolve()  # a run saves both
+        folder = found if found.is_dir() else found.parent
+        if (self.source_dir / MANIFEST).is_file() and folder.resolve() in (merged, merged.parent):
+            raise CheckpointError(
+                f"{self.source_dir} has the adapter {merged} merged in: leave adapter_checkpoint "
+                "out, or name the base that it was trained on in checkpoint_dir"
+            )
         log.info("Reading an adapter from %s", found)
         return read_adapter(found)
 

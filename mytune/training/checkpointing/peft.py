@@ -94,16 +94,19 @@ def read_adapter(path: Path) -> Adapter:
     return state, {**config, "target_modules": modules}
 
 
-def check_adapter(adapter: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless `adapter` has the names and shapes of the model's own."""
+def check_adapter(adapter: Adapter, expected: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless an adapter has the names and shapes of the model's own."""
+    tensors, config = adapter
     problems = differences(
         {name: tensor.shape for name, tensor in expected.items()},
-        {name: tensor.shape for name, tensor in adapter.items()},
+        {name: tensor.shape for name, tensor in tensors.items()},
     )
     if problems:
         raise CheckpointError(
-            f"the adapter does not fit the model: {len(problems)} of its tensors differ; base "
-            "model, rank and modules must be those of its training",
+            f"the adapter does not fit the model: {len(problems)} of its tensors differ; it was "
+            f"trained with model.lora_rank={config.get('r')} model.lora_alpha="
+            f"{config.get('lora_alpha')} 'model.lora_modules="
+            f"[{','.join(config.get('target_modules', ()))}]', on a base of the same sizes",
             shortened(problems, TENSORS),
         )
 

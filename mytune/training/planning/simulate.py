@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mytune.config import Component
+from mytune.errors import ConfigError, first_line
 from mytune.modules import loss as losses
 from mytune.modules.decoder import Decoder
 from mytune.modules.lora import is_adapter
@@ -118,7 +119,7 @@ def simulate_step(
         for parameter in trained if settings.accumulates else ():
             ledger.count(parameter.grad, "gradients", kept)
         with _elsewhere(model) if settings.offload else nullcontext():
-            loss = loss_fn(model, batch)
+            loss = _planned(loss_fn, model, batch)
         ledger.enter("working")
         torch.autograd.backward(loss)
     for hook in hooks:
@@ -126,6 +127,21 @@ def simulate_step(
     for parameter in trained:
         parameter.grad = None
     return Peak(dict(ledger.peak), ledger.moment, dict(ledger.most))
+
+
+class NotPlanned(ConfigError):
+    """A loss that asks for values, which a plan does not have."""
+
+
+def _planned(loss_fn: Callable[[Any, Any], Tensor], model: Decoder, batch: Any) -> Tensor:
+    try:
+        return loss_fn(model, batch)
+    except Exception as error:
+        raise NotPlanned(
+            f"loss {type(loss_fn).__name__} cannot be planned ({type(error).__name__}: "
+            f"{first_line(error)}); it can take trained_hidden(model, batch), and may ask for no "
+            "values"
+        ) from error
 
 
 def _kept_of_gradient(settings: StepSettings, gradient: Tensor) -> int:
