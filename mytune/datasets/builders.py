@@ -126,10 +126,12 @@ def alpaca_dataset(
     source: str | list[str] = "tatsu-lab/alpaca",
     column_map: ColumnMap = None,
     train_on_input: bool = True,
+    new_system_prompt: str | None = None,
+    mask_history: bool = False,
     **options: Any,
 ) -> Built:
     """Instructions with optional inputs, in Alpaca's prompt; see `AlpacaToMessages`."""
-    transform = AlpacaToMessages(train_on_input, column_map)
+    transform = AlpacaToMessages(train_on_input, column_map, new_system_prompt, mask_history)
     return sft_dataset(tokenizer, source=source, message_transform=transform, **options)
 
 
@@ -141,10 +143,11 @@ def instruct_dataset(
     column_map: ColumnMap = None,
     train_on_input: bool = False,
     new_system_prompt: str | None = None,
+    mask_history: bool = False,
     **options: Any,
 ) -> Built:
     """Questions and answers; see `InputOutputToMessages`."""
-    transform = InputOutputToMessages(train_on_input, column_map, new_system_prompt)
+    transform = InputOutputToMessages(train_on_input, column_map, new_system_prompt, mask_history)
     return sft_dataset(tokenizer, source=source, message_transform=transform, **options)
 
 
@@ -157,6 +160,7 @@ def chat_dataset(
     conversation_style: str,
     train_on_input: bool = False,
     new_system_prompt: str | None = None,
+    mask_history: bool = False,
     **options: Any,
 ) -> Built:
     """Conversations of several turns, in the style `sharegpt` or `openai`."""
@@ -166,7 +170,8 @@ def chat_dataset(
             f"{did_you_mean(conversation_style, _CONVERSATIONS)}"
         )
     style = _CONVERSATIONS[conversation_style]
-    transform = style(train_on_input, {style.column: conversation_column}, new_system_prompt)
+    names = {style.column: conversation_column}
+    transform = style(train_on_input, names, new_system_prompt, mask_history)
     return sft_dataset(tokenizer, source=source, message_transform=transform, **options)
 
 

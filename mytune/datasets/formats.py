@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from mytune.errors import ConfigError, DataError, did_you_mean
 from mytune.tokenizers.messages import Message, Role
@@ -45,96 +45,156 @@ _OPENAI_ROLES: dict[str, Role] = {
     "ipython": "ipython",
 }
 _CALLS = ("tool_calls", "function_call")
+_TOOLS = ("tools", "functions")  # beside the turns: what may be called
+_NO_TOOLS: tuple[Any, ...] = (None, "", "[]", [], {})
 
 
 @dataclass(frozen=True)
-class AlpacaToMessages:
-    """Columns `instruction`, `input` (may be missing or empty) and `output`, in Alpaca's prompt.
-
-    Args:
-        train_on_input: train the prompt too.
-        column_map: other names for these columns, `{"output": "answer"}`.
-    """
-
-    train_on_input: bool = True
-    column_map: ColumnMap = None
-
-    def __post_init__(self) -> None:
-        _check_map(self.column_map, ("instruction", "input", "output"))
-
-    def __call__(self, row: Columns) -> list[Message]:
-        """Return the prompt and the answer."""
-        column = {"instruction": "instruction", "input": "input", "output": "output"}
-        column |= self.column_map or {}
-        more = text_of(row, column["input"]) if row.get(column["input"]) else ""
-        prompt = _ALPACA_WITH_INPUT if more else _ALPACA
-        content = prompt.format(instruction=text_of(row, column["instruction"]), input=more)
-        return [
-            Message("user", content, masked=not self.train_on_input),
-            Message("assistant", text_of(row, column["output"])),
-        ]
-
-
-@dataclass(frozen=True)
-class InputOutputToMessages:
-    """Columns `input` and `output`: a question and its answer.
-
-    Args:
-        train_on_input: train the question too.
-        column_map: other names for these columns, `{"input": "question", "output": "answer"}`.
-        new_system_prompt: a system message to put before them; never trained.
-    """
-
-    train_on_input: bool = False
-    column_map: ColumnMap = None
-    new_system_prompt: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_map(self.column_map, ("input", "output"))
-
-    def __call__(self, row: Columns) -> list[Message]:
-        """Return question and answer."""
-        column = {"input": "input", "output": "output"} | dict(self.column_map or {})
-        return [
-            *_system(self.new_system_prompt),
-            Message("user", text_of(row, column["input"]), masked=not self.train_on_input),
-            Message("assistant", text_of(row, column["output"])),
-        ]
-
-
-@dataclass(frozen=True)
-class _ConversationToMessages:
-    """A column with a list of turns, each an object with a role and a text.
-
-    A turn that says `"weight": 0` or `"train": false` is not trained.
+class _RowToMessages:
+    """What all formats share: a text in the row's column `system` is its system message.
 
     Args:
         train_on_input: train what is not the assistant's too.
-        column_map: another name for the column.
+        column_map: other names for the columns, `{"output": "answer", "system": "persona"}`.
         new_system_prompt: a system message that replaces the row's own, if any; never trained.
+        mask_history: train the last of the answers alone.
     """
 
     train_on_input: bool = False
     column_map: ColumnMap = None
     new_system_prompt: str | None = None
+    mask_history: bool = False
+
+    columns: ClassVar[tuple[str, ...]] = ()  # which a format reads, beside `system`
+
+    def __post_init__(self) -> None:
+        _check_map(self.column_map, (*self.columns, "system"))
+        if self.mask_history and self.train_on_input:
+            raise ConfigError(
+                "mask_history trains the last answer alone, train_on_input what is before it too; "
+                "set one of them to false"
+            )
+
+    def __call__(self, row: Columns) -> list[Message]:
+        """Return the row's turns."""
+        messages = self._messages(row)
+        if not self.mask_history:
+            return messages
+        answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
+        return [
+            message if at in answers[-1:] else replace(message, masked=True)
+            for at, message in enumerate(messages)
+        ]
+
+    def _messages(self, row: Columns) -> list[Message]:
+        raise NotImplementedError
+
+    def _column(self, name: str) -> str:
+        return (self.column_map or {}).get(name, name)
+
+    def _text(self, row: Columns, name: str) -> str:
+        return text_of(row, self._column(name))
+
+    def _system(self, row: Columns) -> list[Message]:
+        """Return the system message that stands outside of a row's turns, or none."""
+        if self.new_system_prompt:
+            return [Message("system", self.new_system_prompt, masked=True)]
+        names = self.column_map or {}
+        if "system" in names:
+            value = _value(row, names["system"])
+        else:
+            value = None if "system" in names.values() else row.get("system")
+        masked = not self.train_on_input
+        return [Message("system", self._text(row, "system"), masked)] if value else []
+
+    def _exchanges(self, pairs: list[tuple[str, str]]) -> list[Message]:
+        masked = not self.train_on_input
+        return [
+            message
+            for question, answer in pairs
+            for message in (Message("user", question, masked), Message("assistant", answer))
+        ]
+
+
+@dataclass(frozen=True)
+class AlpacaToMessages(_RowToMessages):
+    """Columns `instruction`, `input` (may be missing or empty) and `output`, in Alpaca's prompt.
+
+    A list in a column `history` is pairs of an instruction and its answer before this one, trained
+    in the same way.
+    """
+
+    train_on_input: bool = True
+
+    columns = ("instruction", "input", "output")
+
+    def _messages(self, row: Columns) -> list[Message]:
+        more = self._text(row, "input") if row.get(self._column("input")) else ""
+        prompt = _ALPACA_WITH_INPUT if more else _ALPACA
+        question = prompt.format(instruction=self._text(row, "instruction"), input=more)
+        earlier = [(_ALPACA.format(instruction=asked), said) for asked, said in _history(row)]
+        pairs = [*earlier, (question, self._text(row, "output"))]
+        return [*self._system(row), *self._exchanges(pairs)]
+
+
+@dataclass(frozen=True)
+class InputOutputToMessages(_RowToMessages):
+    """Columns `input` and `output`: a question and its answer; `history` as in Alpaca's rows.
+
+    Both may be lists of OpenAI's messages, as in TRL's rows: of those only what the assistant says
+    in the second is trained.
+    """
+
+    columns = ("input", "output")
+
+    def _messages(self, row: Columns) -> list[Message]:
+        prompt, completion = (row.get(self._column(name)) for name in self.columns)
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return self._conversation(row, prompt, completion)
+        pairs = [*_history(row), (self._text(row, "input"), self._text(row, "output"))]
+        return [*self._system(row), *self._exchanges(pairs)]
+
+    def _conversation(
+        self, row: Columns, prompt: list[Any], completion: list[Any]
+    ) -> list[Message]:
+        names = {"system": self._column("system")} if "system" in (self.column_map or {}) else {}
+        chat = OpenAIToMessages(self.train_on_input, names, self.new_system_prompt)
+        if not self.train_on_input:
+            prompt = [{**t, "train": False} if isinstance(t, Mapping) else t for t in prompt]
+        return chat({**row, chat.column: prompt + completion})
+
+
+class _ConversationToMessages(_RowToMessages):
+    """A column with a list of turns, each an object with a role and a text.
+
+    A turn that says `"weight": 0` or `"train": false` is not trained.
+    """
 
     # What a format sets: its column, the keys of a turn, and the roles that a turn may name.
     column = role_key = text_key = ""
     roles = _OPENAI_ROLES
 
-    def __post_init__(self) -> None:
-        _check_map(self.column_map, (self.column,))
-
-    def __call__(self, row: Columns) -> list[Message]:
-        """Return the turns."""
-        column = (self.column_map or {}).get(self.column, self.column)
+    def _messages(self, row: Columns) -> list[Message]:
+        column = self._column(self.column)
         turns = _value(row, column)
         if not isinstance(turns, list):
             raise DataError(f"column {column!r} is {reprlib.repr(turns)}, not a list of messages")
+        if tools := [key for key in _TOOLS if row.get(key) not in _NO_TOOLS]:
+            raise DataError(
+                f"the row has {tools[0]!r}, which no chat format here writes: put what the model "
+                f"is to read of it into the system message, and leave {tools[0]!r} out"
+            )
         messages = [self._message(turn) for turn in turns]
         if self.new_system_prompt:
             messages = [message for message in messages if message.role != "system"]
-        return [*_system(self.new_system_prompt), *messages]
+        system = self._system(row)
+        own = [message.content for message in messages if message.role == "system"]
+        if system and own and own[0] != system[0].content:
+            raise DataError(
+                f"column {self._column('system')!r} says something else than the conversation's "
+                "system message: leave one of them out, or set new_system_prompt"
+            )
+        return messages if own else [*system, *messages]
 
     def _message(self, turn: Any) -> Message:
         if not isinstance(turn, Mapping) or self.role_key not in turn:
@@ -161,16 +221,28 @@ class ShareGPTToMessages(_ConversationToMessages):
     """Column `conversations`: turns `{"from": "human", "value": "..."}`, answered by `gpt`."""
 
     column, role_key, text_key, roles = "conversations", "from", "value", _SHAREGPT_ROLES
+    columns = (column,)
 
 
 class OpenAIToMessages(_ConversationToMessages):
     """Column `messages`: turns `{"role": "user", "content": "..."}`; content may be text parts."""
 
     column, role_key, text_key, roles = "messages", "role", "content", _OPENAI_ROLES
+    columns = (column,)
 
 
-def _system(prompt: str | None) -> list[Message]:
-    return [Message("system", prompt, masked=True)] if prompt else []
+def _history(row: Columns) -> list[tuple[str, str]]:
+    """Return the questions and answers before a row's own, which LLaMA-Factory's rows have."""
+    pairs = row.get("history")
+    if not isinstance(pairs, list):
+        return []  # a column with something else in it
+    for pair in pairs:
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair or not all(isinstance(text, str) for text in pair):
+            raise DataError(
+                f"column 'history' has {reprlib.repr(pair)}, not a question and its answer"
+            )
+    return [(question, answer) for question, answer in pairs]
 
 
 def _joined(content: Any) -> str:

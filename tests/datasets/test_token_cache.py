@@ -67,6 +67,8 @@ def test_the_same_rows_elsewhere_are_the_same_dataset(tokenizer, write_rows):
         {"tokenizer": CharTokenizer(fingerprint="others")},
         {"train_on_input": True},
         {"new_system_prompt": "Be brief."},
+        {"mask_history": True},
+        {"column_map": {"system": "input"}},
         {"column_map": {"input": "output"}},
         {"max_seq_len": 7},
         {"split": "train[:3]"},
