@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from mytune.datasets.formats import (
 )
 from mytune.datasets.packing import PackedDataset
 from mytune.datasets.sources import DataFiles, Row, open_source
-from mytune.datasets.tokens import Encode, TokenDataset, write_tokens
+from mytune.datasets.tokens import Encode, TokenDataset, raise_with_row, write_tokens
 from mytune.errors import ConfigError, DataError, did_you_mean
 from mytune.tokenizers.base import ModelTokenizer
 from mytune.tokenizers.messages import Message, validate_messages
@@ -79,8 +80,11 @@ def _build(
 
 
 def _keeps(filter_fn: Callable[[Columns], bool], row: Row) -> bool:
-    """Ask for a row; one that could not be read is kept, to be reported or skipped like others."""
-    return isinstance(row.values, DataError) or filter_fn(row.values)
+    """Ask for a row; one without columns is kept, to be reported or skipped like others."""
+    try:
+        return not isinstance(row.values, Mapping) or filter_fn(row.values)
+    except Exception as error:
+        raise_with_row(error, row.where)
 
 
 def _spelled_out(builder: Builder) -> Builder:
@@ -109,6 +113,7 @@ def sft_dataset(
 
     def encode(row: Columns) -> tuple[list[int], list[bool]]:
         messages = message_transform(row)
+        _check_messages(messages)
         validate_messages(messages)
         tokens, masked = tokenizer.tokenize_messages(messages)
         return tokens, [not each for each in masked]
@@ -117,6 +122,21 @@ def sft_dataset(
     ours = is_dataclass(message_transform) and module.startswith("mytune.")
     about = repr(message_transform) if ours else None
     return _build(encode, about, False, tokenizer, source=source, **options)
+
+
+def _check_messages(messages: Any) -> None:
+    """Raise DataError for what a transform may have made by mistake, or of an odd row."""
+    if not isinstance(messages, list | tuple):
+        raise DataError(f"the transform made {reprlib.repr(messages)}, not a list of messages")
+    for message in messages:
+        if not isinstance(message, Message) or not isinstance(message.content, str):
+            raise DataError(f"the transform made {reprlib.repr(message)}, not a message with text")
+    turns = [message for message in messages if message.role != "system"]
+    if turns and turns[0].role == "assistant":
+        raise DataError(
+            "the conversation begins with the assistant: put what it answers before that turn, "
+            "or leave it out"
+        )
 
 
 @_spelled_out

@@ -6,21 +6,23 @@ import hashlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NotRequired, Protocol, TypeAlias, TypedDict
+from typing import Any, Literal, NoReturn, NotRequired, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
 from mytune.datasets.sources import Row
-from mytune.errors import ConfigError, DataError
+from mytune.errors import ConfigError, DataError, TuneError, first_line
 
 IGNORE_INDEX = -100
+_PACKAGE = str(Path(__file__).parents[1])
 OnBadRow = Literal["error", "skip"]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Int32Array: TypeAlias = npt.NDArray[np.int32]
@@ -158,7 +160,8 @@ def write_tokens(
         encode: gives a row's tokens and, for each, whether it is trained; DataError for a bad row.
 
     Raises:
-        DataError: a bad row (`file:row`), if they are not skipped; no row; nothing to train.
+        DataError: a bad row (`file:row`), if they are not skipped; a row at which code of the
+            user's own fails; no row; nothing to train.
     """
     if on_bad_row not in ("error", "skip"):
         raise ConfigError(f"on_bad_row is {on_bad_row!r}; it can be error or skip")
@@ -199,6 +202,8 @@ def _encoded(
             stats.skipped += 1
             stats.first_skipped = stats.first_skipped or problem
             continue
+        except Exception as error:
+            raise_with_row(error, row.where)
         yield np.array(tokens, dtype=np.int32), np.array(trained, dtype=np.bool_)
 
 
@@ -211,6 +216,24 @@ def _encode_row(values: Any, encode: Encode) -> tuple[list[int], list[bool]]:
     if not tokens:
         raise DataError("the row has no token")
     return tokens, trained
+
+
+def raise_with_row(error: Exception, where: str) -> NoReturn:
+    """Tell at which row, and in which line of the user's own code, an error was raised.
+
+    One that is not of such code, or not of the row, such as a package that is not installed, stays
+    what it is and gets a note.
+    """
+    ours = tuple(f"{folder}{os.sep}" for folder in (_PACKAGE, sys.prefix, sys.base_prefix))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith((*ours, "<"))]
+    if not theirs or isinstance(error, TuneError | ImportError | MemoryError):
+        error.add_note(f"at {where}")
+        raise error
+    raise DataError(
+        f"{where}: {type(error).__name__}: {first_line(error)} "
+        f"({theirs[-1].filename}:{theirs[-1].lineno}); --debug prints the traceback"
+    ) from error
 
 
 def _progress(rows: Iterable[Row]) -> Iterable[Row]:

@@ -14,18 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mytune.assets import ASSETS
 from mytune.datasets import (
+    InputOutputToMessages,
     Message,
     Stats,
     alpaca_dataset,
     instruct_dataset,
     sft_dataset,
     text_completion_dataset,
+    tokens,
 )
 from mytune.datasets.cache import load_or_write
 from mytune.datasets.sources import Row
 from mytune.datasets.tokens import write_tokens
-from mytune.errors import ConfigError, DataError, ResourceError
+from mytune.errors import ConfigError, DataError, ResourceError, TuneError
+from mytune.models.llama3 import llama3_tokenizer
 from tests.datasets.fake import CharTokenizer, text
 
 ROWS = [{"input": f"q{i}", "output": "a" * i} for i in range(1, 8)]
@@ -237,3 +241,96 @@ def test_a_row_without_a_trained_token_is_kept_and_counted(tokenizer, write_rows
     ds = instruct_dataset(tokenizer, source=write_rows(rows), max_seq_len=6)
     assert np.array_equal(ds[0]["labels"], np.full(6, -100))
     assert (ds.stats.rows, ds.stats.untrained, ds.stats.trainable_tokens) == (2, 1, 2)
+
+
+class Mistake:
+    """A format or filter of the user's own that fails at the second row."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, row):
+        if row["input"] == "q2":
+            raise self.error
+        return [Message("user", row["input"]), Message("assistant", row["output"])]
+
+
+def test_so_does_one_of_a_template(write_rows):
+    class Template:
+        def __call__(self, messages):
+            return [messages[9]]
+
+    tokenizer = llama3_tokenizer(ASSETS / "tiny", prompt_template=Template())
+    with pytest.raises(DataError, match=r"rows.jsonl:1: IndexError: .*\(.*test_token_cache.py:"):
+        instruct_dataset(tokenizer, source=write_rows(ROWS))
+
+
+def fail_in_a_library(row):
+    return json.loads(row["output"])
+
+
+def test_an_error_of_the_users_own_code_names_the_row_and_the_line(tokenizer, write_rows):
+    file, error = write_rows(ROWS), KeyError("inptu")
+    line = Mistake.__call__.__code__.co_firstlineno + 2
+    told = f"{file}:2: KeyError: 'inptu' ({__file__}:{line}); --debug prints the traceback"
+    for options in (
+        {"message_transform": Mistake(error)},
+        {"message_transform": Mistake(error), "on_bad_row": "skip"},  # the code is wrong, no row
+        {"message_transform": InputOutputToMessages(), "filter_fn": Mistake(error)},
+    ):
+        with pytest.raises(DataError) as raised:
+            sft_dataset(tokenizer, source=file, **options)
+        assert str(raised.value) == told
+        assert raised.value.__cause__ is error
+
+
+def test_the_line_is_the_users_also_if_a_library_raised_the_error(tokenizer, write_rows):
+    line = fail_in_a_library.__code__.co_firstlineno + 1
+    with pytest.raises(DataError, match=rf":1: JSONDecodeError: .*test_token_cache.py:{line}\)"):
+        sft_dataset(tokenizer, source=write_rows(ROWS), message_transform=fail_in_a_library)
+
+
+def test_an_error_of_a_file_in_the_users_code_is_not_one_of_the_cache(tokenizer, write_rows):
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "picture.png")
+    with pytest.raises(DataError, match=r"rows.jsonl:2: FileNotFoundError: .*picture.png"):
+        sft_dataset(tokenizer, source=write_rows(ROWS), message_transform=Mistake(missing))
+
+
+@pytest.mark.parametrize("error", [ImportError("no spacy"), MemoryError(), TuneError("other")])
+def test_what_is_not_of_the_row_stays_what_it_is_and_notes_the_row(tokenizer, write_rows, error):
+    with pytest.raises(type(error)) as raised:
+        sft_dataset(tokenizer, source=write_rows(ROWS), message_transform=Mistake(error))
+    assert raised.value is error
+    assert [note.rpartition("/")[2] for note in error.__notes__] == ["rows.jsonl:2"]
+
+
+def test_a_bug_of_ours_is_not_blamed_on_the_row(tokenizer, write_rows, monkeypatch):
+    code = compile("def ours(messages): {}['ours']", tokens.__file__, "exec")
+    exec(code, names := {})
+    monkeypatch.setattr("mytune.datasets.builders.validate_messages", names["ours"])
+    with pytest.raises(KeyError, match="ours") as raised:
+        instruct_dataset(tokenizer, source=write_rows(ROWS))
+    assert raised.value.__notes__[0].endswith("rows.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (None, "the transform made None, not a list of messages"),
+        ({"messages": []}, "not a list of messages"),
+        ([{"role": "user"}], "the transform made {'role': 'user'}, not a message with text"),
+        ([Message("user", None)], "not a message with text"),
+    ],
+)
+def test_what_a_transform_makes_is_checked(tokenizer, write_rows, made, words):
+    with pytest.raises(DataError, match=f"rows.jsonl:1: .*{words}"):
+        sft_dataset(tokenizer, source=write_rows(ROWS), message_transform=lambda row: made)
+
+
+def test_a_filter_sees_only_rows_with_columns(tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"input": "q", "output": "a"}\n["no", "columns"]\n')
+    options = {"source": str(file), "filter_fn": lambda row: row["input"] == "q"}
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the row is a list"):
+        instruct_dataset(tokenizer, **options)
+    assert len(instruct_dataset(tokenizer, **options, on_bad_row="skip")) == 1
