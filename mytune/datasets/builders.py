@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
@@ -22,10 +23,12 @@ from mytune.datasets.formats import (
 )
 from mytune.datasets.packing import PackedDataset
 from mytune.datasets.sources import DataFiles, Row, open_source
-from mytune.datasets.tokens import Encode, TokenDataset, raise_with_row, write_tokens
+from mytune.datasets.tokens import Encode, Stats, TokenDataset, raise_with_row, write_tokens
 from mytune.errors import ConfigError, DataError, did_you_mean
 from mytune.tokenizers.base import ModelTokenizer
 from mytune.tokenizers.messages import Message, validate_messages
+
+log = logging.getLogger("mytune")
 
 Built = TokenDataset | PackedDataset
 Builder = TypeVar("Builder", bound=Callable[..., Built])
@@ -76,6 +79,7 @@ def _build(
     known = (rows.identity, tokenizer.fingerprint, about)
     cached = all(known) and not filter_fn
     ds = load_or_write(cache_key(*known, limit, on_bad_row) if cached else None, write)
+    _warn_of_untrained(ds.stats, source, limit)
     return PackedDataset(ds, room, split_across_pack) if packed else ds
 
 
@@ -85,6 +89,22 @@ def _keeps(filter_fn: Callable[[Columns], bool], row: Row) -> bool:
         return not isinstance(row.values, Mapping) or filter_fn(row.values)
     except Exception as error:
         raise_with_row(error, row.where)
+
+
+def _warn_of_untrained(stats: Stats, source: str | list[str], limit: int | None) -> None:
+    """Say so if more than a tenth of the rows train nothing; few are what data sets have."""
+    if stats.untrained * 10 <= stats.rows:
+        return
+    why = "they have no answer, or one that is not to be trained"
+    if stats.truncated:
+        why = f"max_seq_len ({limit:,}) cuts their answers off: raise it, or take shorter rows"
+    log.warning(
+        "%s: %s of %s rows train nothing, likely as %s",
+        source,
+        f"{stats.untrained:,}",
+        f"{stats.rows:,}",
+        why,
+    )
 
 
 def _spelled_out(builder: Builder) -> Builder:

@@ -20,6 +20,7 @@ from mytune.datasets import (
     Message,
     Stats,
     alpaca_dataset,
+    chat_dataset,
     instruct_dataset,
     sft_dataset,
     text_completion_dataset,
@@ -241,6 +242,32 @@ def test_a_row_without_a_trained_token_is_kept_and_counted(tokenizer, write_rows
     ds = instruct_dataset(tokenizer, source=write_rows(rows), max_seq_len=6)
     assert np.array_equal(ds[0]["labels"], np.full(6, -100))
     assert (ds.stats.rows, ds.stats.untrained, ds.stats.trainable_tokens) == (2, 1, 2)
+
+
+@pytest.mark.parametrize(("bad", "warned"), [(1, False), (2, True)])
+def test_a_warning_says_that_many_rows_train_nothing_also_if_they_are_cached(
+    tokenizer, write_rows, caplog, bad, warned
+):
+    rows = [{"input": "long question", "output": "x"}] * bad + [{"input": "", "output": "y"}] * 9
+    file = write_rows(rows)
+    for _ in range(2):
+        caplog.clear()
+        ds = instruct_dataset(tokenizer, source=file, max_seq_len=6)
+        assert ds.stats.untrained == bad
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert told == warned * [
+            f"{file}: 2 of 11 rows train nothing, likely as max_seq_len (6) cuts their answers "
+            "off: raise it, or take shorter rows"
+        ]
+
+
+def test_a_warning_does_not_blame_a_length_that_cuts_nothing(tokenizer, write_rows, caplog):
+    turns = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    rows = [{"m": turns}, {"m": turns[:1]}]
+    chat = {"conversation_column": "m", "conversation_style": "openai"}
+    chat_dataset(tokenizer, source=write_rows(rows), max_seq_len=100, **chat)
+    assert "1 of 2 rows train nothing, likely as they have no answer" in caplog.text
+    assert "max_seq_len" not in caplog.text
 
 
 class Mistake:
