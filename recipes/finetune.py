@@ -681,6 +681,12 @@ def build_model(
     """Build the model without memory, and check what can be checked before a weight is read."""
     with torch.device("meta"):
         model = instantiate(cfg.model)
+    if type(model) is not Decoder:
+        log.warning(
+            "model: %s is one of your own, and config.json in its checkpoints is of the base's "
+            "kind: name model=... again where they are used",
+            type(model).__name__,
+        )
     total, trained = count_parameters(model)
     log.info("model: %s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
     check_vocabulary(tokenizer, model.config.vocab_size)

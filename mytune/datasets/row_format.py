@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 from mytune.datasets.tokens import Dataset
 from mytune.tokenizers import ModelTokenizer
+
+log = logging.getLogger("mytune")
 
 _LOOKED_AT = 100  # samples
 
@@ -25,7 +28,7 @@ class RowFormat(NamedTuple):
 
 
 def find_row_format(dataset: Dataset, tokenizer: ModelTokenizer) -> RowFormat:
-    """Look at some samples from all of a dataset."""
+    """Look at some samples from all of a dataset; warn of a chat format that no template tells."""
     seen: set[int] = set()
     trained: set[int] = set()
     for index in range(0, len(dataset), -(-len(dataset) // _LOOKED_AT)):
@@ -34,9 +37,13 @@ def find_row_format(dataset: Dataset, tokenizer: ModelTokenizer) -> RowFormat:
         trained.update(sample["labels"].tolist())
     seen.discard(tokenizer.bos_id)
     stops = [token for token in tokenizer.stop_tokens if token in trained]
-    talks = bool(set(stops) - {tokenizer.eos_id})
-    return RowFormat(
-        {name: i for name, i in tokenizer.special_tokens.items() if i in seen},
-        stops,
-        getattr(tokenizer, "chat_template", None) if talks else None,  # one of yours may lack it
-    )
+    template = None
+    if set(stops) - {tokenizer.eos_id}:  # turns end
+        template = getattr(tokenizer, "chat_template", None)  # one of yours may lack it
+        if template is None:
+            log.warning(
+                "the tokenizer has no chat_template: checkpoints keep that of their base, by which "
+                "other programs may write conversations otherwise than these rows"
+            )
+    special = {name: i for name, i in tokenizer.special_tokens.items() if i in seen}
+    return RowFormat(special, stops, template)

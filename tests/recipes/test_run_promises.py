@@ -406,3 +406,24 @@ def test_r1_schedules_and_optimizers_of_ones_own_resume_exactly(
     assert curve(run(config, "resume_from_checkpoint=True")) == curve(straight)
     assert len({m["lr"] for m in straight}) > 1 or key == "optimizer"
     assert "in the checkpoint" not in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_does_not_tell_of_ones_own_model_and_format_is_said(
+    run, config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_model.py").write_text(
+        "from mytune.models import auto_model\n"
+        "from mytune.modules import Decoder\n\n\n"
+        "class Own(Decoder):\n    pass\n\n\n"
+        "def own(checkpoint_dir: str):\n    return Own(auto_model(checkpoint_dir).config)\n"
+    )
+    folder = config["checkpointer"]["checkpoint_dir"]
+    run(config, "max_steps_per_epoch=1")
+    assert "warning" not in capsys.readouterr().err
+    config |= {"model": {"_component_": "own_model.own", "checkpoint_dir": folder}}
+    config["tokenizer"]["prompt_template"] = {"user": ["Q: ", ""]}
+    run(config, "max_steps_per_epoch=1", "overwrite_output_dir=true")
+    told = capsys.readouterr().err
+    assert "Own is one of your own, and config.json in its checkpoints is of the base's" in told
+    assert "the tokenizer has no chat_template: checkpoints keep that of their base" in told
