@@ -124,16 +124,20 @@ def _joinable(weight: Tensor, tokens: int) -> Layout | None:
 # What to tell a user who asks for it, by `can_compile`.
 COMPILES = {
     True: "the first tokens take a while",
-    False: "left out: on a CPU it is for quantized weights, and not for all of them",
+    False: "left out: on a CPU it is for quantized weights, and not for all of them; nowhere for "
+    "a model with a forward pass of its own",
 }
 
 
 def can_compile(model: Decoder) -> bool:
     """Say whether torch.compile can be used on a model's blocks.
 
-    On a CPU it cannot look into packed weights, and has nothing faster; and what it makes of some
+    They are compiled without the `forward` of the whole model, which must be the decoder's. On a
+    CPU it cannot look into packed weights, and has nothing faster; and what it makes of some
     of torchao's products is wrong: see `int8_product` and `has_unaligned_rows`.
     """
+    if type(model).forward is not Decoder.forward:
+        return False
     if model.device.type != "cpu":
         return True
     packed = (HalfLinear, PackedLinear)

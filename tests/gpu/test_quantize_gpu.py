@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mytune.errors import ResourceError
+from mytune.evaluation import KeptAnswers
 from mytune.generation import generate
 from mytune.models import auto_model
 from mytune.quantization import QUANTIZERS, Int4WeightOnlyQuantizer, Int8WeightOnlyQuantizer
@@ -61,6 +62,8 @@ def test_saved_and_loaded_it_computes_the_same(base, tmp_path, kind):
     FullModelHFCheckpointer(str(base)).save_quantized(tmp_path / "q", model, quantizer)
     again = load(tmp_path / "q")
     assert torch.equal(logits(again), logits(model))
+    answers = [KeptAnswers(tmp_path, each, __file__).file for each in (again, model)]
+    assert answers[0] == answers[1]  # the same weights
     assert list(generate(again, [5, 6, 7], max_new_tokens=8)) == list(
         generate(model, [5, 6, 7], max_new_tokens=8)
     )
