@@ -377,7 +377,7 @@ def main(cfg: Config) -> None:
             known = from_rank_0(logger.logged(step))
             complete = measure_due(measurements, step, epoch_ends, run_ends, logger, stop, known)
         offload = (cfg.enable_activation_offloading, cfg.activation_offloading_use_streams)
-        publish = partial(save, cfg, checkpointer, model, optimizer, dtype, row_format, run)
+        publish = partial(save, cfg, checkpointer, model, optimizer, dtype, row_format, run, logger)
         steps = remaining_steps(loader, step, cfg.epochs) if complete else ()
         lap = time.perf_counter()
         for epoch, micro_batches in steps:
@@ -812,6 +812,7 @@ def save(
     dtype: torch.dtype,
     row_format: RowFormat,
     run: dict[str, Any],
+    logger: MetricLoggers,
     name: str,
     step: int,
     totals: tuple[int, float],
@@ -840,6 +841,7 @@ def save(
         run={**run, "samples_seen": step * run["rows_per_step"]},
         stop_tokens=row_format.stop_tokens,
         chat_template=row_format.chat_template,
+        val_losses=logger.history("val_loss") if rank() == 0 else {},
         background=to_resume,
     )
 

@@ -76,6 +76,11 @@ class MetricLoggers(MetricLogger):
         """The file of the first DiskLogger."""
         return next((each.path for each in self.loggers if isinstance(each, DiskLogger)), None)
 
+    def history(self, name: str) -> dict[int, float]:
+        """Return a metric by step, as the first DiskLogger has it."""
+        rows = read_metrics(self.metrics_file) if self.metrics_file else []
+        return {row["step"]: row[name] for row in rows if isinstance(row.get(name), int | float)}
+
     def _write(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_dict(values, step)

@@ -427,3 +427,19 @@ def test_what_a_checkpoint_does_not_tell_of_ones_own_model_and_format_is_said(
     told = capsys.readouterr().err
     assert "Own is one of your own, and config.json in its checkpoints is of the base's" in told
     assert "the tokenizer has no chat_template: checkpoints keep that of their base" in told
+
+
+def test_r2_the_checkpoint_with_the_lowest_val_loss_stays(run, config, tmp_path):
+    config |= {
+        "dataset_val": config["dataset"],
+        "run_val_every_n_steps": 1,
+        "save_every_n_steps": 1,
+    }
+    config |= {"max_steps_per_epoch": 5}
+    config["checkpointer"]["keep_last_n_checkpoints"] = 1
+    metrics = run(config, "optimizer.lr=0.3")  # too large: it falls, and then rises
+    losses = {m["step"]: m["val_loss"] for m in metrics if "val_loss" in m}
+    best = min(range(1, 5), key=losses.__getitem__)
+    assert best < 4
+    left = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+    assert left == {"epoch_0", f"step_{best}"}

@@ -67,7 +67,8 @@ class _Checkpointer:
         resume_from_checkpoint: torchtune's older way to ask for resuming; kept in `.resume`.
         safe_serialization: weights are safetensors; False is refused.
         should_load_recipe_state: the same as `resume_from_checkpoint`.
-        keep_last_n_checkpoints: how many published checkpoints stay; all if None.
+        keep_last_n_checkpoints: how many published checkpoints stay, beside the one with the
+            lowest validation loss; all if None.
 
     Raises:
         ConfigError: an argument that cannot be.
@@ -227,6 +228,7 @@ class _Checkpointer:
         run: Mapping[str, Any] | None = None,
         stop_tokens: Sequence[int] = (),
         chat_template: str | None = None,
+        val_losses: Mapping[int, float] | None = None,
         background: bool = False,
     ) -> Path:
         """Publish `output_dir / name` atomically, read it back, then drop what is too old.
@@ -245,6 +247,7 @@ class _Checkpointer:
             run: what else the manifest says: samples_seen, world_size, config_hash, fingerprints.
             stop_tokens, chat_template: what the model has learned to end answers with, and its
                 format of conversations, for other programs.
+            val_losses: by step; the checkpoint with the lowest stays beside the last ones.
             background: return when `tensors`, `trained` and the adapter are copied; what goes
                 wrong later is raised by the next `save` or by `finish`.
 
@@ -289,7 +292,8 @@ class _Checkpointer:
             if rank() == 0:
                 _report(target, draft.records)
                 if self._keep:
-                    prune(self.output_dir, self._keep, {target, self.source_dir})
+                    needed = {target, self.source_dir}
+                    prune(self.output_dir, self._keep, needed, val_losses or {})
 
         self._pending = self._background.submit(write)
         if not background:

@@ -220,15 +220,19 @@ def candidates(output_dir: Path) -> list[Candidate]:
     return sorted(found, key=lambda candidate: (-candidate.step, candidate.path.name))
 
 
-def prune(output_dir: Path, keep: int, needed: Collection[Path]) -> None:
-    """Remove all but the last `keep` checkpoints.
+def prune(
+    output_dir: Path, keep: int, needed: Collection[Path], losses: Mapping[int, float]
+) -> None:
+    """Remove all but the last `keep` checkpoints, and the one with the lowest loss.
 
     Args:
         needed: always stay: the newest, just verified, and what the run reads.
+        losses: by step, as far as they are known.
     """
     stay = {path.resolve() for path in needed}
-    found = [path for path, step in candidates(output_dir) if step >= 0]
-    older = [path for path in found if path.resolve() not in stay]
+    found = [each for each in candidates(output_dir) if each.step >= 0]
+    best = min((step for _, step in found if step in losses), key=losses.__getitem__, default=None)
+    older = [path for path, step in found if path.resolve() not in stay and step != best]
     for path in older[keep - 1 :]:
         log.info("Removing %s (keep_last_n_checkpoints=%d)", path, keep)
         remove(path)
