@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mytune.config.components import allow, refusal
+from mytune.config.foreign import called_here
 from mytune.config.overrides import apply_overrides
 from mytune.config.redact import misplaced_secrets, redact
 from mytune.config.schema import Schema, read_schema
@@ -198,6 +199,8 @@ def _check_keys(tree: Tree) -> None:
                 f"{k}.{key}" for k, v in tree.values.items() if isinstance(v, dict) and key in v
             ]
             hint = f"; did you mean {inner[0]!r}?" if inner else did_you_mean(key, names)
+            here = called_here(key, names)
+            hint = f"; here it is {here}" if here else hint
             tree.problems.append(f"{where}: unknown key {key!r}{hint}")
             continue
         harmless, why = RETIRED[key]
