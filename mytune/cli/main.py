@@ -22,6 +22,21 @@ commands:
 
 `tune COMMAND --help` explains a command; --debug, anywhere, shows the traceback of an error."""
 
+# What commands of other libraries do, and what does it here.
+_ELSEWHERE = {
+    "train finetune fine-tune fine_tune sft lora": (
+        "tune run lora_finetune_single_device --config CONFIG (`tune ls` lists them)"
+    ),
+    "eval evaluate": "tune run eleuther_eval --config eleuther_evaluation",
+    "infer inference predict": "tune run generate --config generation",
+    "merge export": (
+        "a LoRA run itself saves the merged model, in output_dir/epoch_N, in Hugging Face's format"
+    ),
+    "serve": (
+        "`tune chat DIR` talks with a model; `vllm serve DIR` and `transformers serve DIR` serve it"
+    ),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tune` with these arguments (default: the process's) and return the exit code."""
@@ -48,5 +63,6 @@ def _run(words: list[str]) -> int:
             return code
     if words[0] in RECIPES:
         raise ConfigError(f"{words[0]} is a recipe, no command: tune run {' '.join(words)}")
-    near = did_you_mean(words[0], VERBS)
+    here = [told for names, told in _ELSEWHERE.items() if words[0] in names.split()]
+    near = f"; here it is: {here[0]}" if here else did_you_mean(words[0], VERBS)
     raise ConfigError(f"there is no command {words[0]!r} (`tune --help` lists them){near}")

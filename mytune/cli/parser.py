@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
 from mytune.errors import ConfigError, did_you_mean
+
+
+def setting_of(words: Sequence[str]) -> tuple[str, str]:
+    """Return what `--key=value`, `--key value` or `--key` alone would be as a setting."""
+    name, equals, value = words[0].lstrip("-").partition("=")
+    following = words[1] if len(words) > 1 and not re.match("--|.*=", words[1]) else "true"
+    return name.replace("-", "_"), value if equals else following
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,5 +58,6 @@ class Parser(argparse.ArgumentParser):
         unknown = told.partition("unrecognized arguments: ")[2]
         near = self.near(unknown.split()[0]) if unknown else ""
         if unknown and any(action.dest == "overrides" for action in self._actions):
-            near = "; settings are key=value, without --" + near
+            key, value = setting_of(unknown.split())
+            near = "; settings are key=value, without --" + (near or f": {key}={value}")
         raise ConfigError(told + (near or f"; see `{self.prog} --help`"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mytune._interrupts import ctrl_c_ends_at_once
 from mytune.cli import registry
-from mytune.cli.parser import Parser
+from mytune.cli.parser import Parser, setting_of
 from mytune.cli.report import open_streams, report, say, take_debug
 from mytune.errors import ConfigError
 
@@ -98,14 +98,15 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def parse(words: Sequence[str]) -> Job:
     """Read `RECIPE --config CONFIG key=value ...` and find the files."""
+    torchruns = ", torchrun's options come before the recipe"
     reader = parser()
     args, unknown = reader.parse_known_intermixed_args(words)
+    recipe = registry.find_recipe(args.recipe)
     if unknown:
         raise ConfigError(
-            f"{unknown[0]!r} is no option of `tune run`: settings are key=value, torchrun's "
-            f"options come before the recipe{reader.near(unknown[0])}"
+            f"{unknown[0]!r} is no option of `tune run`: settings are key=value"
+            f"{_as_setting(unknown[0], words, recipe) or torchruns + reader.near(unknown[0])}"
         )
-    recipe = registry.find_recipe(args.recipe)
     config = registry.find_config(args.config) if args.config else None
     _check_pair(args)
     overrides = args.overrides + ([f"compare={args.compare}"] if args.compare else [])
@@ -118,6 +119,18 @@ def parse(words: Sequence[str]) -> Job:
             )
         overrides.append("dry_run=True")
     return Job(recipe, config, overrides, args.allow_component, args.dry_run, args.recipe)
+
+
+def _as_setting(option: str, words: Sequence[str], recipe: Path) -> str:
+    """Return how an option is written as a setting of the recipe, if it has that."""
+    from mytune.config.foreign import called_here
+    from mytune.config.schema import read_schema
+
+    key, value = setting_of([option, *words[words.index(option) + 1 :]])
+    names = read_schema(recipe).names
+    here = key if key.partition(".")[0] in names else called_here(key, names)
+    plain = re.fullmatch(r"[\w.]+", here or "")
+    return f"; write {here}={value}" if plain else f"; here it is {here}" if here else ""
 
 
 def _check_pair(args: argparse.Namespace) -> None:

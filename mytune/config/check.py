@@ -15,7 +15,7 @@ from mytune.config.components import is_from_us_or_torch, refusal
 from mytune.config.redact import redact
 from mytune.config.signatures import annotation, fits, read_parameters
 from mytune.config.torchtune import our_name
-from mytune.config.typed import in_words
+from mytune.config.typed import as_list, in_words
 from mytune.config.types import KEY, Component, components, dotted
 from mytune.errors import TuneError, did_you_mean
 
@@ -100,7 +100,8 @@ def _check_arguments(
         if key in added:
             yield key, f"the recipe itself gives {short} this argument: remove it"
         elif key in named and not fits(value, named[key]):
-            yield key, f"{value!r} is not {in_words(annotation(named[key]))}"
+            kind = annotation(named[key])
+            yield key, f"{value!r} is not {in_words(kind)}{as_list(kind, value)}"
         elif key not in named and key != KEY and not takes_all:
             taken = [name for name in named if name not in added]
             near = did_you_mean(key, taken) or f"; it takes {', '.join(taken) or 'none'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,11 @@ class Override:
 def apply_overrides(tree: Tree, texts: Sequence[str]) -> None:
     """Apply removals, then component swaps (outer ones first), then values, in the order given."""
     parsed = []
-    for text in texts:
+    for words in _torn(texts, tree.schema):
+        text = " ".join(words)
         try:
+            if len(words) > 1:
+                raise ValueError(f"write {_mended(text)}")
             parsed.append(_parse(text, tree.schema))
         except ValueError as error:
             tree.problems.append(f"override '{text}': {error}")
@@ -58,6 +62,31 @@ def apply_overrides(tree: Tree, texts: Sequence[str]) -> None:
             tree.place(outermost or override.path, override.where)
         except (ValueError, IndexError) as error:
             tree.problems.append(f"{override.where}: {error}")
+
+
+def _torn(texts: Sequence[str], schema: Schema) -> list[list[str]]:
+    """Return each override with the words after it, which a shell has torn off at spaces."""
+    found: list[list[str]] = []
+    for text in texts:
+        key, equals, _ = text.partition("=")
+        name = key.removeprefix("~")
+        begins = key != name or name.partition(".")[0] in schema.names
+        begins |= bool(equals and _KEY_TEXT.fullmatch(name))
+        if begins or text[:1] in "+-" or not found or not _goes_on(found[-1], text):
+            found.append([])
+        found[-1].append(text)
+    return found
+
+
+def _goes_on(words: list[str], text: str) -> bool:
+    """May a word belong to an override? That has a value, or a lone `=` follows its key."""
+    return "=" in "".join(words) or text.startswith("=")
+
+
+def _mended(text: str) -> str:
+    """Return an override with no spaces around its `=`, and quoted if there are others."""
+    quoted = shlex.quote(whole := re.sub(r"\s*=\s*", "=", text, count=1))
+    return f"{whole}, without spaces around =" if quoted == whole else f"it in quotes: {quoted}"
 
 
 def _parse(text: str, schema: Schema) -> Override:

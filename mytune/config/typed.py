@@ -66,11 +66,16 @@ def _expected(field: Field, value: Any) -> str:
         choices = field.kind[len("Literal[") : -1]
         near = did_you_mean(str(value), re.findall(r"'([^']*)'", choices))
         return f"one of {choices}{null}{near}"
-    one = field.kind.startswith("list") and isinstance(value, str | int | float)
-    is_word = re.fullmatch(r"[\w./-]+", str(value))  # what else YAML would read otherwise
-    example = (f"; write [{value}]" if is_word else f'; write ["{value}"]') if one else ""
     left = "; leave the key out for its default" if value is None and not field.required else ""
-    return in_words(field.kind) + null + example + left
+    return in_words(field.kind) + null + as_list(field.kind, value) + left
+
+
+def as_list(kind: str, value: Any) -> str:
+    """Return how a single value is written where a list is wanted, or nothing."""
+    if not re.match(r"list\[\w+\]", kind) or not isinstance(value, str | int | float):
+        return ""
+    is_plain = re.fullmatch(r"[\w./,-]+", str(value))  # what else YAML would read otherwise
+    return f"; write [{value}]" if is_plain else f'; write ["{value}"]'
 
 
 def bad_reference(text: str) -> str | None:

@@ -10,6 +10,7 @@ import yaml
 
 from mytune.config.types import Keys, dotted
 
+SPACE = "a space after its colon"
 MAX_NODES = 20_000  # what a file may expand to through its aliases
 
 # YAML 1.1, but `1e-4` is a number, `00005` and `12:30` are text, `None` is null.
@@ -141,6 +142,10 @@ class _Reader:
             if key_node.tag != "tag:yaml.org,2002:str":
                 self.problem(key_node, f"the key {key!r} is not text: put it in quotes")
                 continue
+            nothing = value_node.value == "" and not value_node.style
+            if node.flow_style and nothing and ":" in key and not key_node.style:
+                self.problem(key_node, f"{key!r} lacks {SPACE}")
+                continue
             if key in first:
                 name = dotted((*path, key))
                 self.problem(key_node, f"{name} is given twice; the first is on line {first[key]}")
@@ -163,6 +168,9 @@ def read_value(text: str) -> Any:
         document = read_yaml(f"{{value: {text}}}")
         if not document.problems and document.values.keys() == {"value"}:
             return document.values["value"]
+        told = [problem for _, problem in document.problems if problem.endswith(SPACE)]
+        if told and text[0] in "[{":
+            raise ValueError(f"{told[0]}; then all of it needs quotes")
         if text[0] in "[{":
             raise ValueError(
                 "not a YAML list or mapping; for a text that begins so, quote it twice"

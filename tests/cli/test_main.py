@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mytune import __version__, errors
+from mytune.cli import registry
 from mytune.cli.main import VERBS, main
 from mytune.cli.report import report
 from tests.cli.conftest import finish, start
@@ -46,6 +47,22 @@ def test_a_recipe_is_no_command(tune):
     assert code == 2 and err.endswith("no command: tune run generate --config generation\n")
 
 
+@pytest.mark.parametrize(
+    ("verb", "here"),
+    [
+        ("finetune", "tune run lora_finetune_single_device --config CONFIG"),
+        ("eval", "tune run eleuther_eval --config eleuther_evaluation"),
+        ("merge", "a LoRA run itself saves the merged model"),
+        ("serve", "`tune chat DIR` talks with a model; `vllm serve DIR`"),
+    ],
+)
+def test_a_command_of_another_library_is_told_what_it_is_here(tune, verb, here):
+    code, _, err = tune(verb, "x")
+    assert code == 2 and f"there is no command '{verb}'" in err and f"here it is: {here}" in err
+    _, _, recipe = here.partition("tune run ")
+    assert not recipe or recipe.split()[0] in registry.RECIPES
+
+
 def test_misspelt_command_is_an_error_with_the_nearest_name(tune):
     code, out, err = tune("validat")
     assert (code, out) == (2, "")
@@ -59,6 +76,8 @@ def test_wrong_option_is_one_line_and_exit_2(tune):
     code, _, err = tune("validate", "x", "--recip=y")
     hint = "settings are key=value, without --; did you mean '--recipe'?"
     assert err == f"error: unrecognized arguments: --recip=y; {hint}\n"
+    code, _, err = tune("validate", "x", "--batch-size", "4")
+    assert err.endswith("; settings are key=value, without --: batch_size=4\n")
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,8 @@ def test_the_last_of_two_overrides_wins(load: Load) -> None:
         ("=3", "write key=value or ~key"),
         ("a..b=3", "write key=value or ~key"),
         ("extra=[1, 2", "[1, 2 does not end: leave out its spaces, or quote it all"),
+        ("extra={a:b,c:d}", "'a:b' lacks a space after its colon; then all of it needs quotes"),
+        ("tags=x,y", "'x,y' is not a list of texts; write [x,y]"),
         ("~seed=3", "takes no value; to set it write seed=3"),
         ("~model", "model is required; to change it write model=..."),
         ("~optimizer._component_", "to remove it all write ~optimizer"),
@@ -148,6 +150,29 @@ def test_a_wrong_override_is_named_with_what_is_right(
     problems = load(override).problems
     assert len(problems) == 1
     assert problems[0].startswith(f"override '{override}': ") and message in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        ("note=Once upon a time", "it in quotes: 'note=Once upon a time'"),
+        ("note= a = b", "it in quotes: 'note=a = b'"),
+        ("tags=[x, y]", "it in quotes: 'tags=[x, y]'"),
+        ("optimizer.lr = 1e-4", "optimizer.lr=1e-4, without spaces around ="),
+        ("batch_size= 3", "batch_size=3, without spaces around ="),
+        ("batch_size =3", "batch_size=3, without spaces around ="),
+    ],
+)
+def test_an_override_that_the_shell_tore_at_its_spaces_is_one_problem(
+    load: Load, words: str, right: str
+) -> None:
+    problems = load("shuffle=false", *words.split(), "seed=3").problems
+    assert problems == [f"override '{words}': write {right}"]
+
+
+def test_a_key_after_an_override_is_no_part_of_it(load: Load) -> None:
+    problems = load("note=a", "seed", "batch_size=3").problems
+    assert len(problems) == 1 and problems[0].startswith("override 'seed': write seed=VALUE")
 
 
 def test_where_says_who_set_a_key(load: Load) -> None:

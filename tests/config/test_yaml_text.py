@@ -88,6 +88,12 @@ def test_a_malformed_list_or_mapping_is_an_error(text: str) -> None:
         read_value(text)
 
 
+def test_a_key_of_a_flow_mapping_needs_a_space_after_its_colon() -> None:
+    assert read_yaml("a: {b:c, 'd:e', f:g: '', h: 1}").problems == [
+        (1, "'b:c' lacks a space after its colon")
+    ]
+
+
 def test_what_is_written_reads_back_the_same() -> None:
     values = {
         "text": ODD,
