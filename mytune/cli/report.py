@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mytune.cli.registry import ROOT
 from mytune.errors import (
@@ -21,6 +22,9 @@ from mytune.errors import (
     is_out_of_memory,
     printable,
 )
+
+if TYPE_CHECKING:
+    from traceback import FrameSummary
 
 DEBUG = "MYTUNE_DEBUG"  # environment variable, so that the workers of a run see it too
 
@@ -105,16 +109,12 @@ def _nobody_reads() -> bool:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    import traceback
-
     from mytune.config.redact import redact
 
     known = error if isinstance(error, TuneError) else _environment(error)
-    wanted = known is None or DEBUG in os.environ
-    trace = redact("".join(traceback.format_exception(error))) if wanted else ""
     if DEBUG in os.environ:
-        say(trace)
-    told = known or _bug(error, trace)
+        say(_traceback(error))
+    told = known or _bug(error)
     kind = "stopped early" if isinstance(told, StoppedEarly) else "error"
     return told.exit_code, printable(redact(f"{kind}: {told}"))
 
@@ -125,7 +125,7 @@ def _environment(error: Exception) -> TuneError | None:
         where = error.filename2 or error.filename
         return ResourceError(_ENVIRONMENT[error.errno] + (f": {where}" if where else ""))
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("mytune"):
-        return ResourceError(f"the package {error.name!r} is not installed: pip install it")
+        return ResourceError(_not_installed(str(error.name)))
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's word
         return ResourceError("a path begins with ~, and that user has no home directory")
     if isinstance(error, ValueError) and str(error) == "embedded null byte":
@@ -136,24 +136,75 @@ def _environment(error: Exception) -> TuneError | None:
     return None
 
 
-def _bug(error: Exception, trace: str) -> TuneError:
+def _not_installed(name: str) -> str:
+    top = name.partition(".")[0]
+    here = [each for each in (f"{top}.py", top) if Path(each).exists()]
+    if here:
+        what = f"there is no module {name!r} where Python looks, but {here[0]} is here"
+        return f"{what}: run what is below this folder, or set PYTHONPATH=."
+    return f"the package {name!r} is not installed: pip install it"
+
+
+@contextmanager
+def may_be_theirs(places: Sequence[str]) -> Iterator[None]:
+    """Say of an error that nobody foresaw that it may be in a component of the user's.
+
+    Args:
+        places: the files, relative to the current directory, and packages of such components.
+    """
+    try:
+        yield
+    except (TuneError, BrokenPipeError):
+        raise
+    except Exception as error:
+        frames = _frames(error)
+        files = [os.path.abspath(place) for place in places]
+        theirs = [f"{each.filename}:{each.lineno}" for each in frames if each.filename in files]
+        is_ours = _is_ours(frames[-1])
+        if not places or _environment(error) or not (theirs or is_ours):
+            raise
+        where = f"; it may be in {(theirs or [', '.join(places)])[-1]}" if is_ours else ""
+        told = f"{_line(error)}{where}, a component of yours; {_kept(error)}"
+        raise ConfigError(told) from error
+
+
+def _bug(error: Exception) -> TuneError:
     """Return the line for an error that nobody foresaw; a file keeps its traceback."""
-    import tempfile
+    whose = "a bug of mytune" if _is_ours(_frames(error)[-1]) else "a bug"
+    return TuneError(f"{whose}: {_line(error)}; {_kept(error)}")
+
+
+def _frames(error: Exception) -> list[FrameSummary]:
+    """Return the frames of an error that are in no library, or all if there are none."""
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
     libraries = (sys.prefix, sys.base_prefix, "<")
-    mine = (_PACKAGE, str(ROOT / "recipes"))
-    near = [
-        frame
-        for frame in frames
-        if frame.filename.startswith(mine) or not frame.filename.startswith(libraries)
-    ]
-    last = (near or frames)[-1]
-    whose = "a bug of mytune" if last.filename.startswith(mine) else "a bug"
+    near = [each for each in frames if _is_ours(each) or not each.filename.startswith(libraries)]
+    return near or frames
+
+
+def _is_ours(frame: FrameSummary) -> bool:
+    return frame.filename.startswith((_PACKAGE, str(ROOT / "recipes")))
+
+
+def _line(error: Exception) -> str:
+    last = _frames(error)[-1]
+    return f"{type(error).__name__}: {first_line(error)} ({last.filename}:{last.lineno})"
+
+
+def _kept(error: Exception) -> str:
+    """Write an error's traceback to a file, and return where it is."""
+    import tempfile
+
     with tempfile.NamedTemporaryFile("w", prefix="mytune-", suffix=".txt", delete=False) as file:
-        file.write(trace)
-    return TuneError(
-        f"{whose}: {type(error).__name__}: {first_line(error)}"
-        f" ({last.filename}:{last.lineno}); the traceback is in {file.name}, --debug prints it"
-    )
+        file.write(_traceback(error))
+    return f"the traceback is in {file.name}, --debug prints it"
+
+
+def _traceback(error: Exception) -> str:
+    import traceback
+
+    from mytune.config.redact import redact
+
+    return str(redact("".join(traceback.format_exception(error))))

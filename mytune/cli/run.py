@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mytune._interrupts import ctrl_c_ends_at_once
 from mytune.cli import registry
 from mytune.cli.parser import Parser, setting_of
-from mytune.cli.report import open_streams, report, say, take_debug
+from mytune.cli.report import may_be_theirs, open_streams, report, say, take_debug
 from mytune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -192,10 +192,13 @@ def load(job: Job) -> LoadedConfig:
 
 def execute(job: Job, loaded: LoadedConfig, module: ModuleType | None = None) -> int:
     """Run the recipe's `main` in this process and return its exit code."""
+    from mytune.config.components import places_of_others
+
     module = module or _import_recipe(job.recipe)
     if not hasattr(module, "main"):
         raise ConfigError(f"{job.recipe} has no `def main(cfg: Config)`: a recipe starts there")
-    code: int | None = module.main(loaded.build(module.Config))
+    with may_be_theirs(places_of_others(loaded.resolved)):
+        code: int | None = module.main(loaded.build(module.Config))
     return code or 0
 
 
@@ -229,6 +232,10 @@ def _import_recipe(file: Path) -> ModuleType:
     """Import a recipe under its own name, with its folder on the path, so that pickles find it."""
     import importlib.util
 
+    from mytune.config.components import find_modules_here
+
+    if file.is_relative_to(Path.cwd().resolve()):
+        find_modules_here()  # as for components in files here
     taken = file.stem in sys.modules or file.stem in sys.stdlib_module_names
     name = f"{file.stem}_recipe" if taken else file.stem
     sys.path.insert(0, str(file.parent))

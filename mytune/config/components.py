@@ -8,6 +8,7 @@ import inspect
 import os
 import pkgutil
 import sys
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from typing import Any
 from mytune._interrupts import ctrl_c_ends_at_once
 from mytune._lazy import import_quietly
 from mytune.config.torchtune import our_name
-from mytune.config.types import KEY
+from mytune.config.types import KEY, components
 from mytune.errors import ConfigError, ResourceError, did_you_mean
 
 # Of mytune only what a config is made of: another function could be made to run or delete a file.
@@ -148,6 +149,17 @@ def local_file(name: str) -> tuple[Path, str] | None:
     return None
 
 
+def places_of_others(config: Any) -> list[str]:
+    """Return where components of a config are from that are not ours: local files, packages."""
+    found = {}
+    for _, node in components(config):
+        package = str(node[KEY]).partition(".")[0]
+        if package not in _PACKAGES:
+            local = local_file(node[KEY])
+            found[str(local[0].relative_to(Path.cwd().resolve())) if local else package] = None
+    return list(found)
+
+
 def find_component(name: str) -> Any:
     """Import and return what `name` names.
 
@@ -209,15 +221,29 @@ def _import_module(name: str) -> tuple[ModuleType, list[str]]:
     raise AssertionError(name)
 
 
-def _import_local(file: Path, module: str) -> ModuleType:
-    here = Path.cwd().resolve()
-    if str(here) not in sys.path:
-        sys.path.append(str(here))  # last: a file here never stands in for an installed package
+def find_modules_here() -> None:
+    """Let modules in the current directory be imported, after all others of the same name."""
+    if (here := str(Path.cwd().resolve())) not in sys.path:
+        sys.path.append(here)  # last: a file here never stands in for an installed package
     importlib.invalidate_caches()
-    spec = find_spec(module.split(".")[0])
-    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-    if not any(place and Path(place).resolve().is_relative_to(here) for place in places):
-        raise ConfigError(f"{file} is hidden by another module called {module!r}: rename the file")
+
+
+def check_not_hidden(file: Path, module: str) -> None:
+    """Raise `ConfigError` if `module` is imported from elsewhere than below the current directory.
+
+    A folder without `__init__.py` elsewhere hides nothing.
+    """
+    spec = find_spec(top := module.split(".")[0])
+    if spec is None or (spec.origin is None and spec.submodule_search_locations):
+        return
+    here = Path.cwd().resolve()
+    if not (spec.has_location and Path(str(spec.origin)).resolve().is_relative_to(here)):
+        raise ConfigError(f"{file} is hidden by another module called {top!r}: rename what is here")
+
+
+def _import_local(file: Path, module: str) -> ModuleType:
+    find_modules_here()
+    check_not_hidden(file, module)
     try:
         return importlib.import_module(module)
     except Exception as error:
@@ -288,7 +314,15 @@ def instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
         if name.startswith("mytune."):
             raise
         given = ", ".join(f"{key}={value!r}" for key, value in node.items() if key != KEY)
-        raise ConfigError(f"{name}({given}): {error}") from error
+        raise ConfigError(f"{name}({given}): {error}{_line_of(name, error)}") from error
+
+
+def _line_of(name: str, error: Exception) -> str:
+    """Return the line of a local component's file that raised, or led to what did."""
+    file = str((local_file(name) or [""])[0])
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [each.lineno for each in frames if each.filename == file]
+    return f" ({file}:{lines[-1]})" if lines else ""
 
 
 def _as_floats(value: Any, default: Any) -> Any:

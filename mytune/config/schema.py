@@ -76,19 +76,24 @@ class Schema:
 
 def read_schema(recipe_file: Path) -> Schema:
     """Read a recipe's `Config`. Raises `ConfigError` naming every field that is not declarative."""
-    try:
-        source = recipe_file.read_text(encoding="utf-8")
-        tree = ast.parse(source)
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {recipe_file}: {error.strerror}") from None
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = getattr(error, "lineno", None) or 1
-        raise ConfigError(f"{recipe_file}:{line}: not a Python file: {error}") from None
+    source, tree = parse_file(recipe_file)
     found = [each for each in tree.body if isinstance(each, ast.ClassDef) and each.name == "Config"]
     if not found:
         raise ConfigError(f"{recipe_file} has no `class Config`: a recipe declares its keys there")
     fields = _read_fields(found[0], source, recipe_file)
     return Schema(recipe_file, fields, _read_supplied(tree))
+
+
+def parse_file(file: Path) -> tuple[str, ast.Module]:
+    """Return a Python file's text and syntax. Raises `ConfigError` that names the wrong line."""
+    try:
+        source = file.read_text(encoding="utf-8")
+        return source, ast.parse(source)
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line, why = getattr(error, "lineno", None) or 1, getattr(error, "msg", error)
+        raise ConfigError(f"{file}:{line}: not a Python file: {why}") from None
 
 
 def parse_hint(annotation: str) -> Any:

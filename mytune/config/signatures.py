@@ -13,8 +13,8 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
-from mytune.config.components import find_component, local_file
-from mytune.config.schema import parse_hint
+from mytune.config.components import check_not_hidden, find_component, local_file
+from mytune.config.schema import parse_file, parse_hint
 from mytune.config.types import KEY
 from mytune.errors import ConfigError, did_you_mean
 
@@ -26,6 +26,7 @@ def read_parameters(name: str) -> list[Parameter] | None:
     Raises what `find_component` raises.
     """
     if local := local_file(name):
+        check_not_hidden(*local)
         return _from_source(*local, name)
     component = find_component(name)
     try:
@@ -104,10 +105,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _from_source(file: Path, module: str, name: str) -> list[Parameter] | None:
     wanted = name.removeprefix(f"{module}.")
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not a Python file: {error}") from None
+    _, tree = parse_file(file)
     found = [each for each in tree.body if getattr(each, "name", None) == wanted]
     match found[-1:]:
         case [ast.FunctionDef(args=arguments, decorator_list=[])]:

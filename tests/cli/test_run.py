@@ -74,6 +74,71 @@ def test_copied_recipe_is_importable_under_its_name_while_it_runs(tune, mine):
     assert tune("run", str(mine), "output_dir=x").code == 0
 
 
+def test_a_recipe_below_the_current_folder_imports_what_is_in_it(root):
+    text = (root / "recipes" / "finetune.py").read_text()
+    text = text.replace("import os", "import os\nimport near_loss", 1)
+    folder = root.parent / "cwd"
+    (folder / "pk").mkdir()
+    (folder / "near_loss.py").write_text("")
+    (folder / "pk" / "mine.py").write_text(text)
+    words = ["-P", "-m", "mytune", "run"]
+    assert finish(start(*words, "pk/mine.py", "output_dir=x")).code == 0
+    (root.parent / "far.py").write_text(text)
+    code, _, err = finish(start(*words, "../far.py", "output_dir=x"))
+    assert code == 5 and "no module 'near_loss'" in err and "near_loss.py is here" in err
+    (folder / "near_loss.py").unlink()
+    err = finish(start(*words, "../far.py", "output_dir=x")).err
+    assert err == "error: the package 'near_loss' is not installed: pip install it\n"
+
+
+WITH_A_PART = """
+from dataclasses import dataclass
+
+from mytune.config import Component, instantiate
+from mytune.errors import shortened
+
+
+@dataclass(kw_only=True)
+class Config:
+    part: Component
+
+
+def main(cfg):
+    part = instantiate(cfg.part)
+    USE
+"""
+PARTS = """from mytune.errors import shortened
+def none(): return None
+def fails(): return 1 / 0
+def late(): return lambda: {}["x"]
+def calls(): return lambda: shortened(None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("part", "use", "code", "told"),
+    [
+        ("my_part.none", "shortened(part)", 2, "; it may be in my_part.py, a component of yours;"),
+        ("my_part.fails", "pass", 2, ": division by zero (HERE:3), a component of yours; the"),
+        ("my_part.late", "part()", 2, "KeyError: 'x' (HERE:4), a component of yours; the traceb"),
+        ("my_part.calls", "part()", 2, "; it may be in HERE:5, a component of yours; the traceb"),
+        ("my_part.none", "1 / 0", 70, "error: a bug: ZeroDivisionError: division by zero"),
+        ("torch.nn.Identity", "shortened(None)", 70, "error: a bug of mytune: TypeError"),
+        ("my_part.none", "open('/proc/self/mem/x')", 70, "error: a bug: NotADirectoryError"),
+    ],
+)
+def test_what_may_be_in_a_component_of_the_users_is_no_bug_of_ours(
+    tune, root, part, use, code, told
+):
+    sys.modules.pop("my_part", None)
+    Path("mine.py").write_text(WITH_A_PART.replace("USE", use))
+    Path("my_part.py").write_text(PARTS)
+    ended = tune("run", "mine.py", f"part={part}")
+    assert (
+        ended.code == code and told.replace("HERE", str(Path("my_part.py").resolve())) in ended.err
+    )
+
+
 @pytest.mark.parametrize(("end", "code"), [("code", 6), ("data", 3), ("bug", 70)])
 def test_end_of_the_recipe_is_the_exit_code(tune, root, end, code):
     assert tune("run", *LORA, f"end={end}").code == code

@@ -61,9 +61,9 @@ def test_a_right_config_has_no_problems(recipe: None, load: Load) -> None:
         ("model.size=10000000000000000000", "model.size", "is not a whole number"),
         ("optimizer.betas=[0.9]", "optimizer.betas", "[0.9] is not list[float, float]"),
         (
-            "model={_component_: mytune.models.llama3.lora_llama3_8b, lora_modules: 'q_proj,v_proj'}",
+            "model={_component_: mytune.models.llama3.lora_llama3_8b, lora_modules: q_proj}",
             "model.lora_modules",
-            "'q_proj,v_proj' is not a list of texts; write [q_proj,v_proj]",
+            "'q_proj' is not a list of texts; write [q_proj]",
         ),
         (
             "optimizer={_component_: torchao.optim.AdamW8bit, lr: fast}",

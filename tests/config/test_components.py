@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from mytune.config import check_may_run, component, instantiate, read_config
+from mytune.config import check_components, check_may_run, component, instantiate, read_config
 from mytune.config.components import allow, find_component, refusal
 from mytune.errors import ConfigError, ResourceError
 from tests.config.conftest import CONFIG, Load
@@ -171,11 +171,38 @@ def test_python_files_outside_the_current_directory_are_not_found(
     assert refusal("far.f") and refusal("link.f")
 
 
-def test_a_file_named_like_an_installed_module_is_refused(folder: Path) -> None:
-    (folder / "json.py").write_text("open('ran', 'w')\ndef loads(s): return 1\n")
-    with pytest.raises(ConfigError, match=r"json\.py is hidden by another module"):
-        find_component("json.loads")
-    assert not (folder / "ran").exists()
+@pytest.mark.parametrize("name", ["json", "sched", "time"])
+def test_a_file_named_like_an_installed_module_is_refused(load: Load, name: str) -> None:
+    Path(f"{name}.py").write_text("open('ran', 'w')\ndef f(s): return 1\n")
+    with pytest.raises(ConfigError, match=rf"{name}\.py is hidden by another module"):
+        find_component(f"{name}.f")
+    (problem,) = check_components(load(f"model={name}.f", "model.s=1"))
+    assert f"{name}.py is hidden by another module called '{name}'" in problem
+    assert not Path("ran").exists()
+
+
+def test_a_folder_without_code_elsewhere_hides_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "far" / "my_name").mkdir(parents=True)
+    monkeypatch.syspath_prepend(folder / "far")
+    (folder / "my_name.py").write_text("def f(): return 1\n")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(folder))])
+    assert instantiate({"_component_": "my_name.f"}) == 1
+
+
+def test_the_line_of_a_component_that_raises_is_told(folder: Path) -> None:
+    (folder / "my_box.py").write_text("def f(a):\n    g(a)\n\ndef g(a):\n    return int(a)\n")
+    with pytest.raises(ConfigError, match=r"my_box\.f\(a='x'\): invalid .* \(.*/my_box\.py:5\)$"):
+        instantiate({"_component_": "my_box.f", "a": "x"})
+
+
+def test_a_component_file_that_is_no_python_is_named_with_its_line(load: Load) -> None:
+    Path("my_typo.py").write_text("\ndef f(:\n")
+    (problem,) = check_components(load("model=my_typo.f"))
+    assert problem.endswith("/my_typo.py:2: not a Python file: invalid syntax")
+    with pytest.raises(ConfigError, match=r"my_typo\.py cannot be imported: SyntaxError: .*line 2"):
+        find_component("my_typo.f")
 
 
 def test_local_packages_and_their_neighbours_are_importable(folder: Path) -> None:
