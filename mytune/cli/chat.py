@@ -15,7 +15,6 @@ _CHECKPOINTERS = {
     "config.json": "mytune.training.FullModelHFCheckpointer",
     "params.json": "mytune.training.FullModelMetaCheckpointer",
 }
-_ADAPTER = "adapter_config.json"
 
 
 def parser() -> Parser:
@@ -65,22 +64,25 @@ def checkpointer_of(folder: Path) -> str:
 
 
 def _hints(folder: Path) -> list[str]:
-    from mytune.config.check import base_of
+    from mytune.config.check import adapters_in, base_of
 
-    adapters = [each for each in (folder, folder / "adapter") if (each / _ADAPTER).is_file()]
     models = sorted({file.parent for name in _CHECKPOINTERS for file in folder.glob(f"*/{name}")})
     return [
-        *(f"it is an adapter: tune chat {base_of(each)} --adapter {each}" for each in adapters),
+        *(
+            f"it is an adapter: tune chat {base_of(each)} --adapter {each}"
+            for each in adapters_in(folder)
+        ),
         *(f"a model is there: tune chat {each}" for each in models),
     ]
 
 
 def adapter_in(path: Path) -> Path:
     """Return the directory of an adapter, which may be a checkpoint's that has it in `adapter`."""
+    from mytune.config.check import adapters_in
+
     path = path.expanduser()
-    for each in (path, path / "adapter"):
-        if (each / _ADAPTER).is_file():
-            return each.resolve()
+    if found := adapters_in(path):
+        return found[0].resolve()
     if not path.is_dir():
         raise ConfigError(f"--adapter {path}: there is no such directory")
-    raise CheckpointError(f"--adapter {path}: there is no {_ADAPTER} in it")
+    raise CheckpointError(f"--adapter {path}: there is no adapter_config.json in it")

@@ -234,7 +234,8 @@ def _import_recipe(file: Path) -> ModuleType:
 
     from mytune.config.components import find_modules_here
 
-    if file.is_relative_to(Path.cwd().resolve()):
+    is_theirs = file.parent != registry.ROOT / "recipes"
+    if is_theirs and file.is_relative_to(Path.cwd().resolve()):
         find_modules_here()  # as for components in files here
     taken = file.stem in sys.modules or file.stem in sys.stdlib_module_names
     name = f"{file.stem}_recipe" if taken else file.stem

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _INPUTS = ["checkpoint_dir", "path", "special_tokens_path", "adapter_checkpoint"]
 _DOWNLOAD = "`tune download REPO --output-dir DIR` fetches models"
 _ADAPTER = "adapter_config.json"  # by which PEFT's folders are known
+_MODELS = ("config.json", "params.json")  # by which whole models are
 _SOURCES = {"adapter_checkpoint": "a LoRA run writes its adapters to output_dir/epoch_N/adapter"}
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _READERS = ("json", "csv", "parquet", "text")  # a dataset's `source` whose `data_files` are local
@@ -117,6 +118,11 @@ def _check_arguments(
             yield KEY, f"{short} needs the argument {key!r}"
 
 
+def adapters_in(folder: Path) -> list[Path]:
+    """Return where an adapter is: the folder itself, or `adapter` in it, as runs save it."""
+    return [each for each in (folder, folder / "adapter") if (each / _ADAPTER).is_file()]
+
+
 def base_of(adapter: Path) -> str:
     """Return the directory of an adapter's base model, if its settings name one that is here."""
     try:
@@ -129,9 +135,12 @@ def base_of(adapter: Path) -> str:
 def _repair(key: str, missing: Path) -> str:
     """Return what may be meant: an adapter's base, or what is near; or the files' source."""
     folder = missing.parent
-    if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
-        keys = f"checkpoint_dir={base_of(folder)} checkpointer.adapter_checkpoint={folder}"
-        return f"; {folder} is an adapter: checkpointer.{keys}"
+    adapters = adapters_in(folder)
+    if adapters and not any((folder / each).is_file() for each in _MODELS):
+        keys = (
+            f"checkpoint_dir={base_of(adapters[0])} checkpointer.adapter_checkpoint={adapters[0]}"
+        )
+        return f"; {adapters[0]} is an adapter: checkpointer.{keys}"
     return _near(missing) or f"; {_SOURCES.get(key, _DOWNLOAD)}"
 
 

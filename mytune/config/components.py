@@ -151,13 +151,11 @@ def local_file(name: str) -> tuple[Path, str] | None:
 
 def places_of_others(config: Any) -> list[str]:
     """Return where components of a config are from that are not ours: local files, packages."""
-    found = {}
-    for _, node in components(config):
-        package = str(node[KEY]).partition(".")[0]
-        if package not in _PACKAGES:
-            local = local_file(node[KEY])
-            found[str(local[0].relative_to(Path.cwd().resolve())) if local else package] = None
-    return list(found)
+    names = [str(node[KEY]) for _, node in components(config)]
+    others = [each for each in names if each.partition(".")[0] not in _PACKAGES]
+    local = {each: local_file(each) for each in others}
+    found = [os.path.relpath(at[0]) if at else each.split(".")[0] for each, at in local.items()]
+    return list(dict.fromkeys(found))
 
 
 def find_component(name: str) -> Any:

@@ -110,6 +110,9 @@ def _what_is_there(folder: Path, found: list[Path]) -> str:
     if found:
         return f"did you mean {str(found[0])!r}?"
     names = sorted(entry.name for entry in folder.iterdir())
+    if {"adapter", "adapter_config.json"} & {*names} and "config.json" not in names:
+        keys = "its base is checkpointer.checkpoint_dir, it is checkpointer.adapter_checkpoint"
+        return f"{str(folder)!r} holds an adapter and no model: {keys}"
     listing = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "nothing"
     usual = "Hugging Face repositories keep it at original/tokenizer.model"
     return f"{str(folder)!r} holds {listing} ({usual})"

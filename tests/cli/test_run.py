@@ -91,6 +91,14 @@ def test_a_recipe_below_the_current_folder_imports_what_is_in_it(root):
     assert err == "error: the package 'near_loss' is not installed: pip install it\n"
 
 
+def test_a_recipe_of_ours_imports_nothing_from_the_current_folder(tune, root, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", str(root))])
+    assert tune("run", *LORA).code == 0 and str(root) not in sys.path
+    (root / "mine.py").write_text((root / "recipes" / "finetune.py").read_text())
+    assert tune("run", "mine.py", "output_dir=x").code == 0 and str(root) == sys.path[-1]
+
+
 WITH_A_PART = """
 from dataclasses import dataclass
 
@@ -256,6 +264,20 @@ def test_validate_against_a_recipe_of_the_users_own(tune, root, mine):
     assert code == 2 and err.startswith("notice: checked as a config of finetune.py; --recipe NAME")
     assert "notice" not in tune("validate", "my.yaml", "--recipe", "full_finetune_distributed").err
     assert "notice" not in tune("validate", NAME, "rows=3").err
+
+
+def test_validate_says_of_a_file_for_another_library_that_it_is_none_of_ours(tune, root):
+    Path("trl.yaml").write_text("output_dir: x\nmicro_batch_size: 1\nfoo: 2\n")
+    code, _, err = tune("validate", "trl.yaml")
+    assert code == 2 and err.splitlines() == [
+        "error: trl.yaml is no config of a recipe here: of its 3 keys none has more than 1; begin"
+        " with `tune cp CONFIG my.yaml` (`tune ls` lists them), or name a recipe of yours:"
+        " --recipe FILE",
+        "  micro_batch_size: here it is batch_size",
+    ]
+    assert "unknown key 'foo'" in tune("validate", "trl.yaml", "--recipe", LORA[0]).err
+    Path("ours.yaml").write_text("output_dir: x\nmicro_batch_size: 1\nlow_cpu_ram: true\n")
+    assert "unknown key 'micro_batch_size'" in tune("validate", "ours.yaml").err
 
 
 # --- under torchrun ---

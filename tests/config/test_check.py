@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from mytune.config import check_components
+from mytune.errors import MissingTokenizer
+from mytune.tokenizers.files import find_tokenizer
 from tests.config.conftest import CONFIG, RECIPE, Load
 
 SUPPLIED = """
@@ -208,5 +210,21 @@ def test_an_adapter_in_the_place_of_a_model_is_told_with_its_base(load: Load) ->
     (problem,) = check_components(loaded)
     keys = "checkpointer.checkpoint_dir=base checkpointer.adapter_checkpoint=tuned"
     assert problem.endswith(f"; tuned is an adapter: {keys}")
-    Path("tuned/config.json").touch()  # it is a whole model as well
-    assert "is an adapter" not in check_components(loaded)[0]
+    Path("tuned/adapter").mkdir()  # as runs save it
+    Path("tuned/adapter_config.json").rename("tuned/adapter/adapter_config.json")
+    (problem,) = check_components(loaded)
+    assert problem.endswith(f"; tuned/adapter is an adapter: {keys}/adapter")
+    for model in ("config.json", "params.json"):  # it is a whole model as well
+        Path("tuned", model).touch()
+        assert "is an adapter" not in check_components(loaded)[0]
+        Path("tuned", model).unlink()
+
+
+@pytest.mark.parametrize("part", ["adapter_config.json", "adapter/adapter_config.json"])
+def test_a_folder_of_an_adapter_in_the_place_of_a_tokenizer_is_told(
+    tmp_path: Path, part: str
+) -> None:
+    (tmp_path / part).parent.mkdir(exist_ok=True)
+    (tmp_path / part).touch()
+    with pytest.raises(MissingTokenizer, match=r"holds an adapter and no model: its base is check"):
+        find_tokenizer(tmp_path)
