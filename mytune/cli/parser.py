@@ -40,13 +40,22 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, but refuse an option's empty value."""
+        self._refuse_empty(args)
+        return super().parse_known_args(args, namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Do the same where argparse does not ask the other one (Python 3.13)."""
+        self._refuse_empty(args)
+        return super().parse_known_intermixed_args(args, namespace)
+
+    def _refuse_empty(self, args: Any) -> None:
         """Refuse an empty value of an option: a variable of the shell was not set."""
         for word, following in pairwise([*(args or ()), "-"]):
             option, equals, value = word.partition("=")
             checked = option in self._option_string_actions and option not in self.may_be_empty
             if checked and not (value if equals else following):
                 self.error(f"argument {option}: its value is empty")
-        return super().parse_known_args(args, namespace)
 
     def near(self, option: str) -> str:
         """Return `"; did you mean '--x'?"`, or nothing."""
