@@ -36,7 +36,7 @@ from mytune.evaluation import (
     write_results,
 )
 from mytune.generation import pack_linears
-from mytune.modules import Decoder, adapter_state
+from mytune.modules import Decoder, adapter_state, make_plain
 from mytune.tokenizers import ModelTokenizer, check_vocabulary
 from mytune.training import (
     get_device,
@@ -179,7 +179,9 @@ def base_model(cfg: Config) -> Decoder:
         base: Decoder = instantiate({**cfg.model, "checkpoint_dir": cfg.compare})
     else:
         base = instantiate(cfg.model)
-    return Decoder(base.config) if adapter_state(base) else base
+    if adapter_state(base):
+        make_plain(base)
+    return base
 
 
 def base_tokenizer(cfg: Config, tokenizer: ModelTokenizer) -> ModelTokenizer:

@@ -25,7 +25,7 @@ from torch import Tensor
 from mytune.config import Component, instantiate
 from mytune.errors import ConfigError, DataError, DirectoryInUseError, NumericalError
 from mytune.generation import PromptCache, generate, pack_linears
-from mytune.modules import Decoder, LinearCrossEntropyLoss
+from mytune.modules import Decoder, LinearCrossEntropyLoss, make_plain
 from mytune.quantization import check_quantizer, stored_bytes
 from mytune.tokenizers import check_vocabulary
 from mytune.training import (
@@ -157,7 +157,9 @@ def build_model(cfg: Config) -> Decoder:
     An adapter that is named in the checkpointer is merged.
     """
     with torch.device("meta"):
-        return Decoder(instantiate(cfg.model).config)
+        model: Decoder = instantiate(cfg.model)
+    make_plain(model)
+    return model
 
 
 def text_windows(cfg: Config, model: Decoder) -> list[Tensor]:

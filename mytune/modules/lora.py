@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from mytune._sharded import fill, whole
 from mytune.errors import CheckpointError, ConfigError, check_at_least, did_you_mean
 from mytune.modules.derived import Derived, dropped, product
-from mytune.quantization.nf4 import NF4Linear
+from mytune.quantization.nf4 import NF4Embedding, NF4Linear
 from mytune.quantization.tensors import is_quantized
 
 
@@ -148,6 +148,18 @@ def remove_adapters(model: nn.Module) -> None:
         for name in ("lora", "lora_A", "lora_B", "lora_magnitude_vector"):
             delattr(module, name)
         module.__class__ = plain[type(module)]
+
+
+def make_plain(model: nn.Module) -> None:
+    """Make a model on the meta device one without adapters and 4-bit weights, in place."""
+    remove_adapters(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NF4Embedding):
+            sizes = module.out_features, module.in_features
+            model.set_submodule(name, nn.Embedding(*sizes, device="meta"))
+        elif isinstance(module, NF4Linear):
+            sizes = module.in_features, module.out_features
+            model.set_submodule(name, nn.Linear(*sizes, bias=False, device="meta"))
 
 
 def _check_names(modules: Collection[str], leaves: Collection[str]) -> None:

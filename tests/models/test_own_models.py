@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from mytune.errors import CheckpointError
 from mytune.generation import generate, pack_linears
 from mytune.models.auto import sizes_from_hf
-from mytune.modules import Decoder, LinearCrossEntropyLoss, LoRAConfig, adapter_config, apply_lora
+from mytune.modules import (
+    Decoder,
+    LinearCrossEntropyLoss,
+    LoRAConfig,
+    adapter_config,
+    apply_lora,
+    make_plain,
+)
+from mytune.quantization import apply_nf4
 from mytune.training import FullModelHFCheckpointer, load_for_inference
 from tests.hf import tiny_llama, twins
 
@@ -119,3 +127,18 @@ def test_parameters_that_no_checkpoint_has_are_told(adapted):
     with pytest.raises(CheckpointError, match="a component of yours adds them") as caught:
         load_for_inference(model, adapted, CPU, torch.float32)
     assert caught.value.details == ["layers.1.gain"]
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_it_stays_itself_without_adapters_and_4_bits(adapted, embeddings):
+    with torch.device("meta"):
+        model = Scaled(sizes_from_hf(tiny_llama().config.to_dict()))
+    apply_nf4(model, embeddings=embeddings, skip=() if embeddings else ("lm_head",))
+    apply_lora(model, LoRAConfig(("q_proj", "up_proj")))
+    make_plain(model)
+    assert type(model) is Scaled
+    base = FullModelHFCheckpointer(str(adapted.source_dir))
+    found = load_for_inference(model, base, CPU, torch.float32)
+    expected = own(Scaled)
+    with torch.no_grad():
+        assert torch.equal(found(torch.tensor([IDS])), expected(torch.tensor([IDS])))
