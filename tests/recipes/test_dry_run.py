@@ -166,3 +166,19 @@ def test_auto_recomputes_what_the_memory_given_demands_and_changes_nothing(
         auto = run(config, where, "ac_mode=auto", f"device_memory={memory}")
         assert f"ac_mode=auto: {blocks} of 2 blocks are recomputed" in capsys.readouterr().err
         assert curve(auto) == curve(plain)
+
+
+def test_a_loss_that_asks_for_values_cannot_be_planned_but_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asking.py").write_text(
+        "from torch.nn import functional as F\n\n\n"
+        "class Asking:\n"
+        "    def __call__(self, model, batch):\n"
+        "        chosen = batch['labels'] != -100\n"
+        "        logits = model(batch['tokens'])[chosen].float()\n"
+        "        return F.cross_entropy(logits, batch['labels'][chosen].long(), reduction='sum')\n"
+    )
+    own = ["loss=asking.Asking", "max_steps_per_epoch=1", "~dataset_val", f"output_dir={tmp_path}"]
+    assert main([*TINY, *own, "--dry-run"]) == 2
+    assert "loss Asking cannot be planned (NotImplementedError: " in capsys.readouterr().err
+    assert main([*TINY, *own, "output_dir=run"]) == 0

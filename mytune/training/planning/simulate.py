@@ -136,7 +136,7 @@ class NotPlanned(ConfigError):
 def _planned(loss_fn: Callable[[Any, Any], Tensor], model: Decoder, batch: Any) -> Tensor:
     try:
         return loss_fn(model, batch)
-    except Exception as error:
+    except (RuntimeError, KeyError) as error:  # what meta tensors and batches without rows raise
         raise NotPlanned(
             f"loss {type(loss_fn).__name__} cannot be planned ({type(error).__name__}: "
             f"{first_line(error)}); it can take trained_hidden(model, batch), and may ask for no "
