@@ -841,7 +841,7 @@ def save(
         run={**run, "samples_seen": step * run["rows_per_step"]},
         stop_tokens=row_format.stop_tokens,
         chat_template=row_format.chat_template,
-        val_losses=logger.history("val_loss") if rank() == 0 else {},
+        val_losses=partial(logger.history, "val_loss"),
         background=to_resume,
     )
 

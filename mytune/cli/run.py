@@ -127,10 +127,23 @@ def _as_setting(option: str, words: Sequence[str], recipe: Path) -> str:
     from mytune.config.schema import read_schema
 
     key, value = setting_of([option, *words[words.index(option) + 1 :]])
-    names = read_schema(recipe).names
-    here = key if key.partition(".")[0] in names else called_here(key, names)
-    plain = re.fullmatch(r"[\w.]+", here or "")
-    return f"; write {here}={value}" if plain else f"; here it is {here}" if here else ""
+    schema = read_schema(recipe)
+    top = key.partition(".")[0]
+    if top in schema.names:
+        is_alone = value == "true" and not any(
+            f.name == key and f.type == "bool" for f in schema.fields
+        )
+        return f"; write {key}={'...' if is_alone else value}"
+    here = called_here(key, schema.names) or ""
+    is_part = any(f.name == here and f.type.startswith("Component") for f in schema.fields)
+    fits = re.fullmatch(r"[\w.]+", here) and re.fullmatch(r"-?[\d.]+(e-?\d+)?", value)
+    return (
+        f"; write {here}={value}"
+        if fits and not is_part
+        else f"; here it is {here}"
+        if here
+        else ""
+    )
 
 
 def _check_pair(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Collection
 NAMES = {
     "optimizer.lr": "learning_rate lr",
     "optimizer.weight_decay": "weight_decay",
-    "optimizer.betas": "adam_beta1 adam_beta2",
+    "optimizer.betas (both)": "adam_beta1 adam_beta2",
     "optimizer": "optim",
     "lr_scheduler": "lr_scheduler_type",
     "lr_scheduler.num_warmup_steps": "warmup_steps num_warmup_steps warmup_ratio",

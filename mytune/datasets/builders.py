@@ -96,7 +96,7 @@ def _warn_of_untrained(stats: Stats, source: str | list[str], limit: int | None)
     if stats.untrained * 10 <= stats.rows:
         return
     why = "they have no answer, or one that is not to be trained"
-    if stats.truncated:
+    if stats.truncated * 2 >= stats.untrained:
         why = f"max_seq_len ({limit:,}) cuts their answers off: raise it, or take shorter rows"
     log.warning(
         "%s: %s of %s rows train nothing, likely as %s",

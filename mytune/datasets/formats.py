@@ -46,7 +46,7 @@ _OPENAI_ROLES: dict[str, Role] = {
 }
 _CALLS = ("tool_calls", "function_call")
 _TOOLS = ("tools", "functions")  # beside the turns: what may be called
-_NO_TOOLS: tuple[Any, ...] = (None, "", "[]", [], {})
+_NO_TOOLS: tuple[Any, ...] = (None, False, "", "[]", "{}", "null", [], {}, [None])
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class _RowToMessages:
     Args:
         train_on_input: train what is not the assistant's too.
         column_map: other names for the columns, `{"output": "answer", "system": "persona"}`.
-        new_system_prompt: a system message that replaces the row's own, if any; never trained.
+        new_system_prompt: a system message that replaces the row's own, if any; never trained. An
+            empty one leaves the row's out.
         mask_history: train the last of the answers alone.
     """
 
@@ -97,15 +98,16 @@ class _RowToMessages:
 
     def _system(self, row: Columns) -> list[Message]:
         """Return the system message that stands outside of a row's turns, or none."""
-        if self.new_system_prompt:
-            return [Message("system", self.new_system_prompt, masked=True)]
+        if self.new_system_prompt is not None:
+            new = self.new_system_prompt
+            return [Message("system", new, masked=True)] if new else []
         names = self.column_map or {}
         if "system" in names:
-            value = _value(row, names["system"])
-        else:
-            value = None if "system" in names.values() else row.get("system")
-        masked = not self.train_on_input
-        return [Message("system", self._text(row, "system"), masked)] if value else []
+            text = self._text(row, "system") if _value(row, names["system"]) else ""
+        else:  # a column of that name may hold something else
+            found = None if "system" in names.values() else row.get("system")
+            text = found if isinstance(found, str) else ""
+        return [Message("system", text, not self.train_on_input)] if text.strip() else []
 
     def _exchanges(self, pairs: list[tuple[str, str]]) -> list[Message]:
         masked = not self.train_on_input
@@ -179,22 +181,25 @@ class _ConversationToMessages(_RowToMessages):
         turns = _value(row, column)
         if not isinstance(turns, list):
             raise DataError(f"column {column!r} is {reprlib.repr(turns)}, not a list of messages")
-        if tools := [key for key in _TOOLS if row.get(key) not in _NO_TOOLS]:
+        tools = [key for key in _TOOLS if row.get(key) not in _NO_TOOLS]
+        if tools and self.new_system_prompt is None:
             raise DataError(
                 f"the row has {tools[0]!r}, which no chat format here writes: put what the model "
-                f"is to read of it into the system message, and leave {tools[0]!r} out"
+                "is to read of it into the system message, or into new_system_prompt"
             )
         messages = [self._message(turn) for turn in turns]
-        if self.new_system_prompt:
+        if self.new_system_prompt is not None:
             messages = [message for message in messages if message.role != "system"]
         system = self._system(row)
-        own = [message.content for message in messages if message.role == "system"]
-        if system and own and own[0] != system[0].content:
+        own = [m.content.strip() for m in messages if m.role == "system" and m.content.strip()]
+        if system and own and own[0] != system[0].content.strip():
             raise DataError(
                 f"column {self._column('system')!r} says something else than the conversation's "
                 "system message: leave one of them out, or set new_system_prompt"
             )
-        return messages if own else [*system, *messages]
+        if system and not own:
+            return [*system, *(message for message in messages if message.role != "system")]
+        return messages
 
     def _message(self, turn: Any) -> Message:
         if not isinstance(turn, Mapping) or self.role_key not in turn:
@@ -234,7 +239,7 @@ class OpenAIToMessages(_ConversationToMessages):
 def _history(row: Columns) -> list[tuple[str, str]]:
     """Return the questions and answers before a row's own, which LLaMA-Factory's rows have."""
     pairs = row.get("history")
-    if not isinstance(pairs, list):
+    if not isinstance(pairs, list) or not pairs or not isinstance(pairs[0], list):
         return []  # a column with something else in it
     for pair in pairs:
         is_pair = isinstance(pair, list) and len(pair) == 2

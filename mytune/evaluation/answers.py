@@ -42,19 +42,22 @@ class KeptAnswers:
         recipe: the file of the recipe that evaluates.
 
     Attributes:
-        file: where this rank's answers are kept; None once it cannot be written.
+        file: where this rank's answers are kept; None where or once it cannot be written.
     """
 
     def __init__(self, output_dir: str | Path, model: Decoder, recipe: str | Path) -> None:
         self._folder = Path(output_dir).expanduser() / FOLDER
         self._name = _fingerprint(model, Path(recipe))
+        self.file: Path | None = None
         self._known: dict[str, dict[int, Any]] = {}
+        if self._folder.is_symlink():  # it may lead out of output_dir
+            return
         for file in self._files():
             self._known |= _read(file)
         if self._known:
             told = "the answers to %d batches are known, and are not asked for again: %s"
             log.info(told, len(self._known), self._folder)
-        self.file: Path | None = self._folder / f"{self._name}.{rank()}.jsonl"
+        self.file = self._folder / f"{self._name}.{rank()}.jsonl"
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob(f"{self._name}.*.jsonl"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +77,8 @@ def continue_prompts(
         return {i: each.text for i, each in zip(batch, completions, strict=True)}
 
     said = (seed, tokenizer.fingerprint, tokenizer.stop_tokens, tokenizer.special_tokens)
-    answer = kept.remembering(work, lambda i: (i, prompts[i], said)) if kept else work
+    answer: Callable[[list[int]], Mapping[int, str]] = work
+    if kept and tokenizer.fingerprint is not None:  # another may decode otherwise next time
+        answer = kept.remembering(work, lambda i: (i, prompts[i], said))
     texts = run_batches(batches, answer, "generation", model, stop=stop)
     return [texts[i] for i in range(len(prompts))]

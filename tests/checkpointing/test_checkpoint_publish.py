@@ -18,7 +18,7 @@ import torch
 from mytune.errors import CheckpointError, NumericalError, ResourceError
 from mytune.training.checkpointing import files, publish
 from mytune.training.checkpointing.checkpointers import FullModelHFCheckpointer
-from mytune.training.checkpointing.publish import clean_up, verify
+from mytune.training.checkpointing.publish import clean_up, prune, verify
 from mytune.training.run_dir import output_dir_lock
 from tests.checkpointing import tiny
 
@@ -191,6 +191,17 @@ def test_old_checkpoints_are_pruned_and_the_newest_stays(hf_dir: Path) -> None:
     for step in (5, 10, 20, 100):
         run.save(f"step_{step}", step)
     assert run.names() == ["step_100", "step_20"]
+
+
+@pytest.mark.parametrize(("best", "left"), [(3, [3, 4, 5]), (4, [4, 5]), (1, [4, 5])])
+def test_the_checkpoint_with_the_lowest_loss_stays(
+    hf_dir: Path, best: int, left: list[int]
+) -> None:
+    run = Run(hf_dir, hf_dir.parent / "out", tiny.SIZES)
+    for step in (2, 3, 4, 5):
+        run.save(f"step_{step}", step)
+    prune(run.out, 2, [run.out / "step_5"], {1: 0.5, 3: 0.4, 4: 0.3} | {best: 0.1})
+    assert run.names() == [f"step_{step}" for step in left]
 
 
 class Failing:

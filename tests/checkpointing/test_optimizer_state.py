@@ -166,6 +166,36 @@ def test_another_learning_rate_wins_also_where_it_is_a_tensor() -> None:
     assert fresh.param_groups[0]["lr"] == torch.tensor(0.02)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["", "checkpoint that knows no defaults"])
+def test_what_the_config_changed_wins_in_each_group_and_what_is_learned_stays(known: bool) -> None:
+    net = model()
+    first, *rest = net.parameters()
+
+    def make(lr: float, decay: float, momentum: float) -> torch.optim.Optimizer:
+        groups = [{"params": [first], "lr": lr, "weight_decay": decay}, {"params": rest}]
+        return torch.optim.SGD(groups, lr=0.1, momentum=momentum)
+
+    trained = make(0.01, 0.5, 0.9)
+    for group in trained.param_groups:
+        group |= {"initial_lr": group["lr"], "lr": group["lr"] / 2, "dampening": 0.25}
+    tensors, said = optimizer_state(net, trained)
+    if not known:
+        del said["defaults"]
+    same, other = make(0.01, 0.5, 0.9), make(0.02, 0.6, 0.8)
+    for fresh in (same, other):
+        load_optimizer_state(net, fresh, tensors, said)
+    keys = ("initial_lr", "weight_decay", "momentum", "dampening")
+    learned = 0.25 if known else 0
+    assert [[group[key] for key in keys] for group in same.param_groups] == [
+        [0.01, 0.5, 0.9, learned],
+        [0.1, 0, 0.9, learned],
+    ]
+    assert [[group[key] for key in keys] for group in other.param_groups] == [
+        [0.02, 0.6, 0.8, learned],
+        [0.1, 0, 0.8, learned],
+    ]
+
+
 def test_a_checkpoint_cannot_name_other_classes() -> None:
     net = model()
     optimizer = torch.optim.SGD(net.parameters())

@@ -175,7 +175,7 @@ def test_all_problems_are_reported_before_the_recipe_is_imported(tune, root):
         ([*LORA, "--nproc_per_node", "2"], "torchrun's options come before the recipe"),
         ([*LORA, "--batch-size=2"], "settings are key=value; write batch_size=2\n"),
         ([*LORA, "--batch-size", "2", "end=x"], "settings are key=value; write batch_size=2\n"),
-        ([*LORA, "--end.x", "end=x"], "settings are key=value; write end.x=true\n"),
+        ([*LORA, "--end.x", "end=x"], "settings are key=value; write end.x=...\n"),
         ([*LORA, "--micro_batch_size", "2"], "settings are key=value; write batch_size=2\n"),
         (["lora_finetune_single_device", "--conifg=x"], "did you mean '--config'?"),
         (["--no_such_option=1", *LORA], "torchrun's options: unrecognized arguments: --no_such"),

@@ -133,17 +133,23 @@ def test_a_system_column_is_the_rows_system_message(transform, row, trained):
 
 
 @each_format
-@pytest.mark.parametrize("system", ["", None])
-def test_an_empty_system_column_is_none(transform, row, system):
+@pytest.mark.parametrize("system", ["", None, "  ", 3, {"os": "linux"}])
+def test_a_system_column_without_text_is_none(transform, row, system):
     assert transform()({**row, "system": system}) == transform()(row)
+
+
+@each_format
+def test_an_empty_new_system_prompt_leaves_system_messages_out(transform, row):
+    found = transform(new_system_prompt="")({**row, "system": "S"})
+    assert found == [each for each in transform()(row) if each.role != "system"]
 
 
 @each_format
 def test_a_system_column_that_is_named_is_there_and_text(transform, row):
     with pytest.raises(DataError, match="no column 'persona'"):
         transform(column_map={"system": "persona"})(row)
-    with pytest.raises(DataError, match="'system' is 3, not text"):
-        transform()({**row, "system": 3})
+    with pytest.raises(DataError, match="'persona' is 3, not text"):
+        transform(column_map={"system": "persona"})({**row, "persona": 3})
 
 
 def test_a_column_named_system_can_be_something_else():
@@ -216,7 +222,7 @@ def test_a_history_is_earlier_turns_whose_answers_are_trained(trained):
 
 @pytest.mark.parametrize(("transform", "row"), FORMATS[:2])
 def test_what_is_no_history_is_no_turn(transform, row):
-    for other in (None, [], "He was ill in May."):
+    for other in (None, [], "He was ill in May.", ["a", "b"], [{"role": "user", "content": "U"}]):
         assert transform()({**row, "history": other}) == transform()(row)
     for pair in ("Q", ["Q"], ["Q", None]):
         with pytest.raises(DataError, match=r"'history' has .*, not a question and its answer"):

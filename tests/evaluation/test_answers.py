@@ -118,6 +118,21 @@ def test_texts_depend_on_how_a_tokenizer_ends_them(tmp_path, random_pair):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_tokenizer_of_ones_own_may_decode_otherwise_next_time(tmp_path, random_pair):
+    tokenizer = copy(random_pair.tokenizer)
+    tokenizer.fingerprint = None
+    kept = KeptAnswers(tmp_path, random_pair.model, __file__)
+    continue_prompts(random_pair.model, tokenizer, [Prompt([5, 6], 9, [])], kept=kept)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_kept_behind_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "evaluation_unfinished").symlink_to(tmp_path / "elsewhere")
+    assert ask(tmp_path, twins()[0]) == ask(tmp_path, twins()[0]) == BATCHES
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_what_was_not_finished_or_is_damaged_is_asked_again(tmp_path):
     ask(tmp_path, twins()[0])
     (file,) = tmp_path.rglob("*.jsonl")

@@ -164,7 +164,7 @@ class Rows:
         return row
 
 
-class Enough(Exception):
+class Enough(BaseException):
     """All steps that were wanted are done."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,7 +41,7 @@ from mytune.training.checkpointing.resume import (
     latest,
     set_aside,
 )
-from mytune.training.checkpointing.source import CheckpointFiles, Source, find_files
+from mytune.training.checkpointing.source import ADAPTER, CheckpointFiles, Source, find_files
 from mytune.training.checkpointing.weights_io import Plan, plan_weights, write_weights
 from mytune.training.disk import check_disk_space, format_size
 from mytune.training.distributed import barrier_without_timeout, from_rank_0, rank
@@ -176,9 +176,9 @@ class _Checkpointer:
             raise CheckpointError(
                 f"adapter_checkpoint: there is no {' or '.join(map(str, dict.fromkeys(paths)))}"
             )
+        folder = (found if found.is_dir() else found.parent).resolve()
         merged = (self.source_dir / "adapter").resolve()  # a run saves both
-        folder = found if found.is_dir() else found.parent
-        if (self.source_dir / MANIFEST).is_file() and folder.resolve() in (merged, merged.parent):
+        if folder in (merged, merged.parent) and _has_adapter(self.source_dir):
             raise CheckpointError(
                 f"{self.source_dir} has the adapter {merged} merged in: leave adapter_checkpoint "
                 "out, or name the base that it was trained on in checkpoint_dir"
@@ -228,7 +228,7 @@ class _Checkpointer:
         run: Mapping[str, Any] | None = None,
         stop_tokens: Sequence[int] = (),
         chat_template: str | None = None,
-        val_losses: Mapping[int, float] | None = None,
+        val_losses: Callable[[], Mapping[int, float]] = dict,
         background: bool = False,
     ) -> Path:
         """Publish `output_dir / name` atomically, read it back, then drop what is too old.
@@ -247,7 +247,7 @@ class _Checkpointer:
             run: what else the manifest says: samples_seen, world_size, config_hash, fingerprints.
             stop_tokens, chat_template: what the model has learned to end answers with, and its
                 format of conversations, for other programs.
-            val_losses: by step; the checkpoint with the lowest stays beside the last ones.
+            val_losses: gives them by step; the checkpoint with the lowest stays beside the last.
             background: return when `tensors`, `trained` and the adapter are copied; what goes
                 wrong later is raised by the next `save` or by `finish`.
 
@@ -293,7 +293,7 @@ class _Checkpointer:
                 _report(target, draft.records)
                 if self._keep:
                     needed = {target, self.source_dir}
-                    prune(self.output_dir, self._keep, needed, val_losses or {})
+                    prune(self.output_dir, self._keep, needed, val_losses())
 
         self._pending = self._background.submit(write)
         if not background:
@@ -356,6 +356,12 @@ def _is_same(target: Path, step: int, run: Mapping[str, Any] | None) -> bool:
     except CheckpointError:
         return False
     return manifest["step"] == step and manifest.get("run") == run and not verify(target)
+
+
+def _has_adapter(checkpoint: Path) -> bool:
+    """Say whether a run saved an adapter in a checkpoint, as well as what it is merged into."""
+    there = (checkpoint / MANIFEST).is_file()
+    return there and f"adapter/{ADAPTER}" in read_manifest(checkpoint)["files"]
 
 
 def _report(target: Path, records: Mapping[str, FileRecord]) -> None:

@@ -89,7 +89,7 @@ def load_optimizer_state(
 
     for group, saved in zip(optimizer.param_groups, said["groups"], strict=True):
         try:
-            then, now = decode(said["defaults"]), _given(optimizer)
+            then, now = decode(said.get("defaults", {})), _given(optimizer)
             _take_settings(group, decode(saved["settings"]), then, now)
             for name in set(saved["params"]) & said["state"].keys():
                 parameter, states = owned[name]
@@ -152,21 +152,25 @@ def _take_settings(
 ) -> None:
     """Take a group's saved settings, but what the config has changed since: that wins.
 
-    Some optimizers keep numbers of their own among them, which change from step to step.
+    Some optimizers, and schedules, keep numbers among them that change from step to step: of what
+    all groups were given alike it is known whether the config has changed it.
 
     Args:
-        then, now: what the optimizer was given, and is.
+        then, now: what all groups were given, and are.
     """
-    fresh = {key: value for key, value in group.items() if key in saved}
+    fresh = {key: value for key, value in group.items() if key in saved and key != "params"}
     group.update(saved)
-    for key in [key for key in fresh if key in then and key in now]:
-        if then[key] == now[key]:
+    for key, value in fresh.items():
+        was = saved.get("initial_lr", saved[key]) if key == "lr" else saved[key]
+        if key != "lr" and key in now and now[key] == value:
+            was = then.get(key, was)
+        if was == value:
             continue
-        values = [v.item() if isinstance(v, Tensor) else v for v in (then[key], now[key])]
+        values = [v.item() if isinstance(v, Tensor) else v for v in (was, value)]
         log.warning("optimizer.%s was %s in the checkpoint and is %s now", key, *values)
-        group[key] = fresh[key]
+        group[key] = value
         if key == "lr" and "initial_lr" in saved:
-            group["initial_lr"] = fresh[key]
+            group["initial_lr"] = value
 
 
 def _check_same_optimizer(

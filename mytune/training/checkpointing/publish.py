@@ -232,10 +232,11 @@ def prune(
     stay = {path.resolve() for path in needed}
     found = [each for each in candidates(output_dir) if each.step >= 0]
     best = min((step for _, step in found if step in losses), key=losses.__getitem__, default=None)
-    older = [path for path, step in found if path.resolve() not in stay and step != best]
-    for path in older[keep - 1 :]:
-        log.info("Removing %s (keep_last_n_checkpoints=%d)", path, keep)
-        remove(path)
+    older = [each for each in found if each.path.resolve() not in stay]
+    for path, step in older[keep - 1 :]:
+        if step != best:
+            log.info("Removing %s (keep_last_n_checkpoints=%d)", path, keep)
+            remove(path)
 
 
 def remove(checkpoint: Path) -> None:
