@@ -162,7 +162,7 @@ def _take_settings(
     group.update(saved)
     for key, value in fresh.items():
         was = saved.get("initial_lr", saved[key]) if key == "lr" else saved[key]
-        if key != "lr" and key in now and now[key] == value:
+        if key in now and now[key] == value:
             was = then.get(key, was)
         if was == value:
             continue
