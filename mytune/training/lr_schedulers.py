@@ -29,8 +29,8 @@ def get_cosine_schedule_with_warmup(
     `min_lr_ratio` times the lr is the lowest after the rise, in place of 0.
 
     Step 0 has lr 0 and the peak is at step `num_warmup_steps`; below 1, that is a share of all
-    steps. To resume after n steps give the
-    optimizer with its full lr and `last_epoch=n - 1`.
+    steps. To resume after n steps give the optimizer with its full lr and `last_epoch=n - 1`, or
+    see `advanced`.
     """
     if not 0 < num_cycles < 1e9:
         raise ConfigError(f"num_cycles is {num_cycles}; 0.5 falls to 0 once; it must be above 0")
