@@ -17,6 +17,11 @@ os.environ["MYTUNE_CACHE_DIR"] = tempfile.mkdtemp(prefix="mytune-cache-")
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # transformers imports torchao
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest, whole pages of the docs: else one process ends with them alone."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/docs/"))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["MYTUNE_CACHE_DIR"], ignore_errors=True)
 
