@@ -127,23 +127,16 @@ def _as_setting(option: str, words: Sequence[str], recipe: Path) -> str:
     from mytune.config.schema import read_schema
 
     key, value = setting_of([option, *words[words.index(option) + 1 :]])
-    schema = read_schema(recipe)
-    top = key.partition(".")[0]
-    if top in schema.names:
-        is_alone = value == "true" and not any(
-            f.name == key and f.type == "bool" for f in schema.fields
-        )
-        return f"; write {key}={'...' if is_alone else value}"
-    here = called_here(key, schema.names) or ""
-    is_part = any(f.name == here and f.type.startswith("Component") for f in schema.fields)
+    names = read_schema(recipe).names
+    if key.partition(".")[0] in names:
+        is_switch = key in names and names[key].type == "bool"
+        return f"; write {key}={'...' if value == 'true' and not is_switch else value}"
+    here = called_here(key, names)
+    if here is None:
+        return ""
+    is_part = here in names and names[here].type.startswith("Component")
     fits = re.fullmatch(r"[\w.]+", here) and re.fullmatch(r"-?[\d.]+(e-?\d+)?", value)
-    return (
-        f"; write {here}={value}"
-        if fits and not is_part
-        else f"; here it is {here}"
-        if here
-        else ""
-    )
+    return f"; write {here}={value}" if fits and not is_part else f"; here it is {here}"
 
 
 def _check_pair(args: argparse.Namespace) -> None:
